@@ -29,7 +29,11 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_OUTER_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+_OUTER_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 _CONTROL_TOKEN = 3  # llama.cpp's token type for specials
 
 
@@ -57,12 +61,13 @@ def convert_gguf(source: Path, target: Path, *, mask_token: str) -> None:
 
 def read_tensors(reader: GGUFReader, num_heads: int, num_key_value_heads: int) -> dict[str, Tensor]:
     """All weights under their Hugging Face names, bfloat16, linear weights as [out, in]."""
+    import numpy as np
     import torch
     from gguf.quants import dequantize
 
     tensors = {}
     for tensor in reader.tensors:
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))  # float32
+        weight = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))  # float32
         if ".attn_q." in tensor.name:
             weight = _unpermute(weight, num_heads)
         elif ".attn_k." in tensor.name:
@@ -125,7 +130,9 @@ def _write_tokenizer(reader: GGUFReader, target: Path) -> None:
     types: list[int] = _field(reader, "tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     specials = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
