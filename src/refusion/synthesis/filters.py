@@ -1,16 +1,24 @@
 """Which self-written pairs are kept: closed, not repetitive, long enough, free of special-token text, new.
 
-Every reason a pair can be dropped for has a name, so that a run can say what became of its drafts.
+Every reason to drop a pair has a name, so that a run can say what became of its drafts.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
-Reason = Literal["query not closed", "query empty", "duplicate query", "held-out query", "answer not closed", "answer short", "repetition", "special-token text"]  # fmt: skip
-REASONS: tuple[str, ...] = get_args(Reason)
+Reason = Literal[
+    "query not closed",
+    "query empty",
+    "duplicate query",
+    "held-out query",
+    "special-token text",
+    "answer not closed",
+    "answer short",
+    "repetition",
+]
 
 
 def repetition(token_ids: Sequence[int], n: int = 4) -> float:
@@ -25,23 +33,24 @@ def normalised(query: str) -> str:
 
 
 class QueryFilter:
-    """Remembers the queries seen so far; `held_out` ones are never let through."""
+    """Knows the held-out queries and those of the pairs kept so far."""
 
-    def __init__(self, held_out: Iterable[str] = ()) -> None:
+    def __init__(self, held_out: Iterable[str] = (), seen: Iterable[str] = ()) -> None:
         self.held_out = {normalised(query) for query in held_out}
-        self.seen: set[str] = set()
+        self.seen = {normalised(query) for query in seen}
 
     def reason(self, query: str) -> Reason | None:
-        """Why the query is dropped, or None after noting it as seen."""
+        """Why the query is dropped, or None."""
         key = normalised(query)
         if not key:
             return "query empty"
         if key in self.held_out:
             return "held-out query"
-        if key in self.seen:
-            return "duplicate query"
-        self.seen.add(key)
-        return None
+        return "duplicate query" if key in self.seen else None
+
+    def add(self, query: str) -> None:
+        """Remember the query of a kept pair."""
+        self.seen.add(normalised(query))
 
 
 def answer_reason(

@@ -20,6 +20,7 @@ from typing import TypedDict
 
 HELD_OUT_SEED = 10**6
 
+# ruff: noqa: SIM905 - word lists read better as text
 NAMES = "Ana Ben Carla David Eva Farid Greta Hugo Ines Jonas Karin Leo Maya Nils Olga Pavel Rosa Sami Tara Umar".split()
 CITIES = "Oslo Lima Cairo Porto Kyoto Quito Delhi Turin Accra Perth Dublin Bergen Malaga Tunis Lyon".split()
 JOBS = "nurse pilot baker tailor farmer teacher welder painter dentist librarian plumber gardener".split()

@@ -8,7 +8,7 @@ by (seed, row, step), so the batch a row sits in does not choose its text.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,8 @@ class Sampler:
         scaling = config.get("rope_scaling") or rope
         if scaling.get("rope_type", "default") != "default":
             raise CheckpointError(f"{path} uses rope scaling {scaling['rope_type']}, which the sampler does not know")
+        self.num_drawn = 0
+        """Tokens written so far, for speed reports."""
         self.num_layers = config["num_hidden_layers"]
         self.num_heads = config["num_attention_heads"]
         self.num_kv_heads = config.get("num_key_value_heads") or self.num_heads
@@ -120,15 +122,15 @@ class Sampler:
         banned_ids: Sequence[int] = (),
         batch_size: int = 4096,
         row_ids: Sequence[int] | None = None,
-        on_tokens: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         """New tokens of every prompt, the EOS included where one was drawn; without it the row ran out of length.
 
-        `row_ids` key the noise (default: the place in `prompts`); `banned_ids` are never drawn; `on_tokens` hears the number of new
-        tokens after every batch. Prompts that leave no room for a token give an empty list.
+        `row_ids` key the noise (default: the place in `prompts`); `banned_ids` are never drawn. Prompts that leave
+        no room for a token give an empty list.
         """
         max_length = min(sampling.max_length, self.max_positions)
-        row_ids = list(range(len(prompts))) if row_ids is None else list(row_ids)
+        row_ids = range(len(prompts)) if row_ids is None else row_ids
+        eos, banned = list(eos_token_ids), list(banned_ids)
         outputs: list[list[int]] = [[] for _ in prompts]
         order = sorted((i for i, p in enumerate(prompts) if 0 < len(p) < max_length), key=lambda i: (len(prompts[i]), i))
         start = 0
@@ -137,13 +139,11 @@ class Sampler:
             while len(chosen) > self._fitting_rows(len(prompts[chosen[-1]]) - len(prompts[chosen[0]]) + max_length):
                 chosen = chosen[: max(1, min(len(chosen) - 1, self._fitting_rows(max_length)))]
             start += len(chosen)
-            batch = self._sample_batch(
-                [list(prompts[i]) for i in chosen], [row_ids[i] for i in chosen], sampling, max_length, list(eos_token_ids), list(banned_ids)
-            )
+            rows = [row_ids[i] for i in chosen]
+            batch = self._sample_batch([list(prompts[i]) for i in chosen], rows, sampling, max_length, eos, banned)
             for i, tokens in zip(chosen, batch, strict=True):
                 outputs[i] = tokens
-            if on_tokens is not None:
-                on_tokens(sum(map(len, batch)))
+            self.num_drawn += sum(map(len, batch))
         return outputs
 
     def _fitting_rows(self, num_columns: int) -> int:
