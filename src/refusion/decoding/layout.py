@@ -1,0 +1,239 @@
+"""Which tokens the next forward runs, and who sees whom: decode state to `ForwardBatch`.
+
+Every kind of row lives on a grid of fixed shape with a mask of the cells that are needed; the needed cells of all grids are then packed
+to the left. `LaidOut` remembers where each grid went, so the readout can be folded back.
+
+- drafts [W, K]: drafted tokens of the chosen slots. While verifying they are one chain, each slot seeing the chosen ones before it;
+  while infilling every slot stands alone.
+- solo [W, K]: copies of the chosen slots but the first that do not see their siblings, for the infill groups of a verify forward.
+- groups [W, A, K]: for each accepted length, masks from there to the end of the slot, seeing exactly that prefix: the next drafts.
+- plan [W, K]: masks of the slots still open (or of the next block) that see all drafts: the next plan, should everything be accepted.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refusion.decoding.forward import ForwardBatch
+from refusion.decoding.params import SamplingParams, SlotParams
+from refusion.decoding.sampling import Draw
+from refusion.decoding.state import CHOSEN, INFILL, OPEN, PLAN, REMASK, VERIFY, DecodeState
+from refusion.model.segments import NO_PARENT, TRUNK, Segments
+
+# B = requests, W = slots of a block, K = tokens per slot, A = candidate lengths + 1, T = tokens of the forward, P = longest prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """One kind of row. All [B, N] with N the cells of the grid; `given_ids` 0 and `is_read` False unless the kind needs them."""
+
+    token_ids: Tensor
+    positions: Tensor
+    segment: Tensor
+    rank: Tensor
+    parent: Tensor
+    visible: Tensor
+    is_trunk: Tensor
+    is_read: Tensor
+    given_ids: Tensor
+    is_needed: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """A forward, and where its grids went."""
+
+    batch: ForwardBatch
+    window: Tensor  # [B, W] slots being verified or infilled
+    plan_slots: Tensor  # [B, W] slots the plan rows belong to
+    is_planned: Tensor  # [B, W]
+    rows: dict[str, Tensor]  # grid -> [B, N] index of each cell among the T rows (anything where not needed)
+    shapes: dict[str, tuple[int, ...]]
+
+    def fold(self, name: str, values: Tensor) -> Tensor:
+        """Values [B, T] of a readout on the cells of a grid."""
+        return values.gather(1, self.rows[name]).view(-1, *self.shapes[name])
+
+
+def lay_out(state: DecodeState, slots: SlotParams, sampling: SamplingParams, width: int, mask_id: int, prompts: Tensor | None = None) -> LaidOut:
+    """The next forward of every request. width is W; prompts [B, P] (right-padded) joins the first forward of a batch."""
+    window = state.window(width)
+    status = state.status.gather(1, window)
+    is_chosen = status == CHOSEN
+    drafts = state.token_ids.gather(1, window[:, :, None].expand(-1, -1, slots.slot_size))
+    verified = torch.where(is_chosen, state.lengths.gather(1, window), 0)
+    plan_slots, is_planned = _plan_slots(state, window, is_chosen, status, slots.fuse_plan)
+    cells = _Cells(state, slots, mask_id, window, is_chosen, drafts, verified)
+    grids = {"drafts": cells.drafts(), "plan": cells.plan(plan_slots, is_planned)}
+    shapes: dict[str, tuple[int, ...]] = {"drafts": (width, slots.slot_size), "plan": (width, slots.slot_size)}
+    if slots.candidates() > 0 and width > 1:
+        grids["solo"], shapes["solo"] = cells.solo(), (width, slots.slot_size)
+    grids["groups"], shapes["groups"] = cells.groups(), (width, slots.candidates() + 1, slots.slot_size)
+    if prompts is not None:
+        grids["prompt"], shapes["prompt"] = _prompt(state, prompts, 2 * width + 1 + width * (slots.candidates() + 1)), (prompts.shape[1],)
+    draw = Draw(sampling.temperature, sampling.top_p, state.seeds, state.num_drafts + 1)
+    batch, rows = _pack(grids, draw)
+    return LaidOut(batch, window, plan_slots, is_planned, rows, shapes)
+
+
+def _plan_slots(state: DecodeState, window: Tensor, is_chosen: Tensor, status: Tensor, fuse_plan: bool) -> tuple[Tensor, Tensor]:
+    """Slots [B, W] the plan rows of this forward belong to, and which of them exist: this block's open slots, else the next block's."""
+    is_open = status == OPEN
+    following = window + window.shape[1]
+    exists = following < state.status.shape[1]
+    next_status = state.status.gather(1, following.clamp(max=state.status.shape[1] - 1))
+    block_goes_on = is_open.any(dim=1, keepdim=True)
+    plan_slots = torch.where(block_goes_on, window, following)
+    is_planned = torch.where(block_goes_on, is_open, exists & (next_status == OPEN))
+    phase = state.phase[:, None]
+    is_fused = ((phase == VERIFY) | (phase == INFILL)) if fuse_plan else torch.zeros_like(phase, dtype=torch.bool)
+    return plan_slots.clamp(max=state.status.shape[1] - 1), is_planned & ((phase == PLAN) | is_fused)
+
+
+class _Cells:
+    """Builds the grids of one forward; holds what they share."""
+
+    def __init__(
+        self, state: DecodeState, slots: SlotParams, mask_id: int, window: Tensor, is_chosen: Tensor, drafts: Tensor, verified: Tensor
+    ) -> None:
+        self.mask_id, self.is_chosen, self.token_ids, self.verified = mask_id, is_chosen, drafts, verified
+        self.width, self.slot_size, self.num_candidates = window.shape[1], slots.slot_size, slots.candidates()
+        self.device = drafts.device
+        self.phase = state.phase[:, None, None]  # [B, 1, 1]
+        self.prompt_lengths = state.prompt_lengths[:, None, None]
+        self.place = torch.arange(slots.slot_size, device=drafts.device)  # [K]
+        self.slot = torch.arange(self.width, device=drafts.device)[:, None]  # [W, 1]
+        self.positions = self._positions(window)
+        self.is_first = is_chosen & (is_chosen.cumsum(dim=1) == 1)  # [B, W] the first chosen slot: its chain sees no sibling
+        self.is_unfinished = is_chosen & (verified < slots.slot_size)
+
+    def _positions(self, slots: Tensor) -> Tensor:
+        """[B, W, K] positions of slots [B, W]."""
+        return self.prompt_lengths + slots[:, :, None] * self.slot_size + self.place
+
+    def drafts(self) -> Grid:
+        is_chain = self.phase == VERIFY
+        in_slot = self.is_chosen[:, :, None].expand_as(self.token_ids)
+        is_needed = in_slot & (is_chain | (self.phase == INFILL) | ((self.phase == REMASK) & (self.place < self.verified[:, :, None])))
+        chain_rank = in_slot.flatten(1).cumsum(dim=1).view_as(self.token_ids) - 1
+        following = torch.cat((self.token_ids[:, :, 1:], self.token_ids[:, :, :1]), dim=2)
+        is_judge = (self.place < self.slot_size - 1) & (is_chain | (self.phase == INFILL))  # row j judges token j + 1
+        return self._grid(
+            self.token_ids,
+            self.positions,
+            segment=torch.where(is_chain, 0, self.slot.expand(-1, self.slot_size)),
+            rank=torch.where(is_chain, chain_rank, self.place),
+            is_trunk=(is_chain | (self.phase == INFILL)).expand_as(self.token_ids),
+            is_read=is_judge,
+            given_ids=torch.where(is_judge, following, 0),
+            is_needed=is_needed,
+        )
+
+    def plan(self, plan_slots: Tensor, is_planned: Tensor) -> Grid:
+        shape = self.token_ids.shape
+        is_needed = is_planned[:, :, None].expand(shape)
+        return self._grid(
+            torch.full(shape, self.mask_id, device=self.device),
+            self._positions(plan_slots),
+            segment=torch.full(shape, self.width, device=self.device),
+            rank=(self.slot * self.slot_size + self.place).expand(shape),
+            parent=torch.full(shape, TRUNK, device=self.device),
+            is_read=torch.ones(shape, dtype=torch.bool, device=self.device),
+            is_needed=is_needed,
+        )
+
+    def solo(self) -> Grid:
+        is_needed = (self.is_unfinished & ~self.is_first)[:, :, None] & (self.phase == VERIFY)
+        return self._grid(
+            self.token_ids,
+            self.positions,
+            segment=self.width + 1 + self.slot,
+            rank=self.place,
+            is_needed=is_needed & (self.place < self.num_candidates),  # no group sees more of the slot
+        )
+
+    def groups(self) -> Grid:
+        """Candidate 0 keeps the verified length (the masks of a two-pass infill turn); candidate a expects `a` tokens more."""
+        shape = (*self.token_ids.shape[:2], self.num_candidates + 1, self.slot_size)
+        candidate = torch.arange(self.num_candidates + 1, device=self.device)
+        length = self.verified[:, :, None] + candidate  # [B, W, A]
+        phase = self.phase[..., None]
+        is_wanted = torch.where(candidate[:, None] == 0, phase == REMASK, (phase == VERIFY) | (phase == INFILL))
+        is_needed = self.is_unfinished[:, :, None, None] & is_wanted & (self.place >= length[..., None])
+        base = 2 * self.width + 1
+        segment = base + (self.slot * (self.num_candidates + 1) + candidate)[:, :, None]  # [W, A, 1]
+        # In a verify forward the first slot's prefix is the chain itself, the others' a copy; otherwise every slot stands alone.
+        in_verify = torch.where(self.is_first, 0, self.width + 1 + self.slot[:, 0])  # [B, W]
+        parent = torch.where(self.phase[:, :, 0] == VERIFY, in_verify, self.slot[:, 0])
+        return self._grid(
+            torch.full(shape, self.mask_id, device=self.device),
+            self.positions[:, :, None].expand(shape),
+            segment=segment,
+            rank=self.place,
+            parent=parent[:, :, None, None],
+            visible=length[..., None],
+            is_read=torch.ones(shape, dtype=torch.bool, device=self.device),
+            is_needed=is_needed,
+        )
+
+    def _grid(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        *,
+        segment: Tensor,
+        rank: Tensor,
+        is_needed: Tensor,
+        parent: Tensor | None = None,
+        visible: Tensor | None = None,
+        is_trunk: Tensor | None = None,
+        is_read: Tensor | None = None,
+        given_ids: Tensor | None = None,
+    ) -> Grid:
+        nothing = torch.zeros((), dtype=torch.long, device=self.device)
+        parts = (
+            token_ids,
+            positions,
+            segment,
+            rank,
+            nothing + NO_PARENT if parent is None else parent,
+            nothing if visible is None else visible,
+            nothing.bool() if is_trunk is None else is_trunk,
+            nothing.bool() if is_read is None else is_read,
+            nothing if given_ids is None else given_ids,
+            is_needed,
+        )
+        return Grid(*(part.expand(token_ids.shape).flatten(1) for part in parts))
+
+
+def _prompt(state: DecodeState, prompts: Tensor, segment: int) -> Grid:
+    """The prompt as one more segment, which the first plan sees whole."""
+    place = torch.arange(prompts.shape[1], device=prompts.device).expand(prompts.shape)
+    is_token = place < state.prompt_lengths[:, None]
+    nothing = torch.zeros_like(place)
+    return Grid(prompts, place, nothing + segment, place, nothing + NO_PARENT, nothing, is_token, nothing.bool(), nothing, is_token)
+
+
+def _pack(grids: dict[str, Grid], draw: Draw) -> tuple[ForwardBatch, dict[str, Tensor]]:
+    """Needed cells of all grids side by side, packed to the left; padding has segment -1."""
+    is_needed = torch.cat([grid.is_needed for grid in grids.values()], dim=1)  # [B, N]
+    num_needed = is_needed.sum(dim=1)
+    most = max(int(num_needed.max()), 1)  # the one host synchronisation of a layout: the width of the forward
+    row = (is_needed.cumsum(dim=1) - 1).clamp(min=0)  # [B, N]
+    cell = (~is_needed).to(torch.int8).sort(dim=1, stable=True).indices[:, :most]  # [B, T]
+    is_token = torch.arange(most, device=row.device) < num_needed[:, None]
+
+    def packed(name: str) -> Tensor:
+        return torch.cat([getattr(grid, name) for grid in grids.values()], dim=1).gather(1, cell)
+
+    segments = Segments(
+        segment=torch.where(is_token, packed("segment"), -1),
+        rank=packed("rank"),
+        parent=packed("parent"),
+        visible=packed("visible"),
+        is_trunk=packed("is_trunk") & is_token,
+    )
+    batch = ForwardBatch(packed("token_ids"), packed("positions"), segments, packed("is_read") & is_token, packed("given_ids"), draw)
+    sizes = [grid.is_needed.shape[1] for grid in grids.values()]
+    return batch, dict(zip(grids, row.split(sizes, dim=1), strict=True))

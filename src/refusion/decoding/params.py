@@ -1,0 +1,87 @@
+"""Settings of decoding: how tokens are drawn and how slots are planned and accepted."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from refusion.errors import ConfigError
+
+Acceptance = Literal["paper", "argmax"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How much is generated, and how tokens are drawn."""
+
+    max_tokens: int = 256
+    """Most new tokens, EOS included; at least 1."""
+    temperature: float = 0.0
+    """0 is greedy; above it drafts are drawn from softmax(logits / temperature)."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens with at least this probability, in (0, 1]."""
+    seed: int = 0
+    """Noise is keyed by (seed, position, attempt): the same seed gives the same text in any batch."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these strings."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the answer like EOS does."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _require(self.temperature >= 0.0 and math.isfinite(self.temperature), "temperature", self.temperature, "0 or above")
+        _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "in (0, 1]")
+        _require(all(self.stop), "stop", self.stop, "non-empty strings")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotParams:
+    """How the answer is cut into slots and blocks, and which slots and drafts are trusted. Fields left out are resolved from the checkpoint."""
+
+    slot_size: int = 8
+    """Tokens in a slot (k of the paper)."""
+    block_size: int | None = None
+    """Tokens in a serial block, a multiple of slot_size; None: one slot, unless serial_blocks is given."""
+    serial_blocks: int | None = None
+    """Number of serial blocks the whole answer is cut into (N of the paper); instead of block_size."""
+    slot_threshold: float = 0.9
+    """A slot is chosen if its first drafted token is more probable than this."""
+    token_threshold: float = 0.4
+    """A drafted token passes if it is more probable than this given what stands before it."""
+    acceptance: Acceptance = "argmax"
+    """`paper`: p > token_threshold; `argmax`: that, or the token is the most probable one."""
+    max_candidates: int | None = None
+    """Fused infill: how many accepted lengths ahead the next drafts are prepared for in the same forward; None: all, 0: two-pass infill."""
+    fuse_plan: bool = True
+    """Put the next plan into the forward that verifies this one; False is the plain two-pass algorithm."""
+
+    def __post_init__(self) -> None:
+        _require(self.slot_size >= 1, "slot_size", self.slot_size, "at least 1")
+        _require(0.0 <= self.slot_threshold <= 1.0, "slot_threshold", self.slot_threshold, "in [0, 1]")
+        _require(0.0 <= self.token_threshold <= 1.0, "token_threshold", self.token_threshold, "in [0, 1]")
+        _require(self.acceptance in ("paper", "argmax"), "acceptance", self.acceptance, "'paper' or 'argmax'")
+        _require(self.max_candidates is None or self.max_candidates >= 0, "max_candidates", self.max_candidates, "0 or above")
+        _require(self.serial_blocks is None or self.serial_blocks >= 1, "serial_blocks", self.serial_blocks, "at least 1")
+        if self.block_size is not None:
+            fits = self.block_size >= self.slot_size and self.block_size % self.slot_size == 0
+            _require(fits, "block_size", self.block_size, f"a multiple of slot_size={self.slot_size}")
+            _require(self.serial_blocks is None, "serial_blocks", self.serial_blocks, "left out where block_size is given")
+
+    def slots_per_block(self, max_tokens: int) -> int:
+        """W: with serial_blocks, max_tokens is first rounded up to a multiple of slot_size * serial_blocks."""
+        if self.serial_blocks is not None:
+            return math.ceil(max_tokens / (self.slot_size * self.serial_blocks))
+        return (self.block_size or self.slot_size) // self.slot_size
+
+    def num_slots(self, max_tokens: int) -> int:
+        """S: slots beyond the last wanted token do not exist."""
+        return math.ceil(max_tokens / self.slot_size)
+
+    def candidates(self) -> int:
+        """Accepted lengths a fused infill forward prepares for: 1 .. this many beyond what is verified."""
+        most = self.slot_size - 1
+        return most if self.max_candidates is None else min(self.max_candidates, most)
+
+
+def _require(is_fine: bool, field: str, value: object, wanted: str) -> None:
+    if not is_fine:
+        raise ConfigError(f"{field} is {value!r}; it must be {wanted}")
