@@ -104,7 +104,7 @@ def resolve(name_or_path: str | Path, *, progress: bool = True) -> Path:
         return path
     if path.exists():
         raise CheckpointError(f"{path} is a file; a model is a directory with config.json and *.safetensors")
-    raise _unknown(name)
+    raise CheckpointError(f"no model named {name!r} and no such directory; {_nearest(name)}")
 
 
 def pull(name: str, *, progress: bool = True) -> Path:
@@ -152,14 +152,13 @@ def cache_dir() -> Path:
 
 def _model(name: str) -> _Base | _Tuned:
     if name not in _MODELS:
-        raise _unknown(name)
+        raise CheckpointError(f"no model named {name!r}; {_nearest(name)}")
     return _MODELS[name]
 
 
-def _unknown(name: str) -> CheckpointError:
+def _nearest(name: str) -> str:
     near = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(_MODELS)}"
-    return CheckpointError(f"no model named {name!r} and no such directory; {hint}")
+    return f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(_MODELS)}"
 
 
 def _path(name: str) -> Path:

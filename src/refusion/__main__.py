@@ -1,0 +1,5 @@
+"""`python -m refusion` is `refusion`."""
+
+from refusion.cli.main import main
+
+main()
