@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from refusion.decoding.forward import ForwardBatch
-from refusion.decoding.params import SamplingParams, SlotParams
+from refusion.decoding.params import SamplingParams, SlotSettings
 from refusion.decoding.sampling import Draw
 from refusion.decoding.state import CHOSEN, INFILL, OPEN, PLAN, REMASK, VERIFY, DecodeState
 from refusion.model.segments import NO_PARENT, TRUNK, Segments
@@ -56,7 +56,7 @@ class LaidOut:
         return values.gather(1, self.rows[name]).view(-1, *self.shapes[name])
 
 
-def lay_out(state: DecodeState, slots: SlotParams, sampling: SamplingParams, width: int, mask_id: int, prompts: Tensor | None = None) -> LaidOut:
+def lay_out(state: DecodeState, slots: SlotSettings, sampling: SamplingParams, width: int, mask_id: int, prompts: Tensor | None = None) -> LaidOut:
     """The next forward of every request. width is W; prompts [B, P] (right-padded) joins the first forward of a batch."""
     window = state.window(width)
     status = state.status.gather(1, window)
@@ -95,7 +95,7 @@ class _Cells:
     """Builds the grids of one forward; holds what they share."""
 
     def __init__(
-        self, state: DecodeState, slots: SlotParams, mask_id: int, window: Tensor, is_chosen: Tensor, drafts: Tensor, verified: Tensor
+        self, state: DecodeState, slots: SlotSettings, mask_id: int, window: Tensor, is_chosen: Tensor, drafts: Tensor, verified: Tensor
     ) -> None:
         self.mask_id, self.is_chosen, self.token_ids, self.verified = mask_id, is_chosen, drafts, verified
         self.width, self.slot_size, self.num_candidates = window.shape[1], slots.slot_size, slots.candidates()

@@ -1,8 +1,9 @@
 """Settings of decoding: how tokens are drawn and how slots are planned and accepted."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from refusion.errors import ConfigError
 
@@ -35,24 +36,57 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotParams:
-    """How the answer is cut into slots and blocks, and which slots and drafts are trusted. Fields left out are resolved from the checkpoint."""
+    """How the answer is cut into slots and blocks, and which slots and drafts are trusted.
 
-    slot_size: int = 8
+    A field left out is taken from the checkpoint's `refusion` block for the device, else from `SlotSettings`.
+    """
+
+    slot_size: int | None = None
     """Tokens in a slot (k of the paper)."""
     block_size: int | None = None
-    """Tokens in a serial block, a multiple of slot_size; None: one slot, unless serial_blocks is given."""
+    """Tokens in a serial block, a multiple of slot_size."""
     serial_blocks: int | None = None
     """Number of serial blocks the whole answer is cut into (N of the paper); instead of block_size."""
-    slot_threshold: float = 0.9
-    """A slot is chosen if its first drafted token is more probable than this."""
-    token_threshold: float = 0.4
-    """A drafted token passes if it is more probable than this given what stands before it."""
-    acceptance: Acceptance = "argmax"
+    slot_threshold: float | None = None
+    """A slot is chosen if its first drafted token is more probable than this, in [0, 1]."""
+    token_threshold: float | None = None
+    """A drafted token passes if it is more probable than this given what stands before it, in [0, 1]."""
+    acceptance: Acceptance | None = None
     """`paper`: p > token_threshold; `argmax`: that, or the token is the most probable one."""
     max_candidates: int | None = None
-    """Fused infill: how many accepted lengths ahead the next drafts are prepared for in the same forward; None: all, 0: two-pass infill."""
+    """Fused infill: for how many accepted lengths the next drafts are prepared in the same forward; 0: two-pass infill."""
+    fuse_plan: bool | None = None
+    """Put the next plan into the forward that verifies this one; False with max_candidates=0 is the plain two-pass algorithm."""
+
+    def __post_init__(self) -> None:
+        _require(self.block_size is None or self.serial_blocks is None, "serial_blocks", self.serial_blocks, "left out where block_size is given")
+        self.resolve({})  # whatever is given must be valid with the rest at its defaults
+
+    def resolve(self, recommended: Mapping[str, Any]) -> "SlotSettings":
+        """Fill what was left out. Raises `ConfigError` naming a field that is out of range."""
+        given = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        base = dict(recommended)
+        if {"slot_size", "block_size", "serial_blocks"} & given.keys():
+            # A block length belongs to its slot size: never combine a given one with the checkpoint's.
+            base = {name: value for name, value in base.items() if name not in ("slot_size", "block_size", "serial_blocks")}
+            base["slot_size"] = recommended.get("slot_size", SlotSettings().slot_size)
+        unknown = base.keys() - {field.name for field in fields(SlotSettings)}
+        _require(not unknown, "refusion block", sorted(unknown), f"made of {', '.join(field.name for field in fields(SlotSettings))}")
+        return SlotSettings(**(base | given))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotSettings:
+    """`SlotParams` with every field decided; the defaults are written here. What each field means stands there."""
+
+    slot_size: int = 8
+    block_size: int | None = None  # None: one slot, unless serial_blocks is given
+    serial_blocks: int | None = None
+    slot_threshold: float = 0.9
+    token_threshold: float = 0.4
+    acceptance: Acceptance = "argmax"
+    max_candidates: int | None = None  # None: every length there is
     fuse_plan: bool = True
-    """Put the next plan into the forward that verifies this one; False is the plain two-pass algorithm."""
 
     def __post_init__(self) -> None:
         _require(self.slot_size >= 1, "slot_size", self.slot_size, "at least 1")
@@ -64,7 +98,6 @@ class SlotParams:
         if self.block_size is not None:
             fits = self.block_size >= self.slot_size and self.block_size % self.slot_size == 0
             _require(fits, "block_size", self.block_size, f"a multiple of slot_size={self.slot_size}")
-            _require(self.serial_blocks is None, "serial_blocks", self.serial_blocks, "left out where block_size is given")
 
     def slots_per_block(self, max_tokens: int) -> int:
         """W: with serial_blocks, max_tokens is first rounded up to a multiple of slot_size * serial_blocks."""

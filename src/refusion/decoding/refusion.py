@@ -12,7 +12,8 @@ from torch import Tensor
 from refusion.decoding.decisions import InfillVerdict, Verdict, choose_slots, infill_prefix, passing, verify_prefix
 from refusion.decoding.forward import ForwardFn, Readout
 from refusion.decoding.layout import LaidOut, lay_out
-from refusion.decoding.params import SamplingParams, SlotParams
+from refusion.decoding.params import SamplingParams, SlotSettings
+from refusion.decoding.sampling import cut_answer
 from refusion.decoding.state import CHOSEN, CLOSED, COMMITTED, DONE, INFILL, OPEN, PLAN, REMASK, VERIFY, DecodeState
 from refusion.model.cache import KVCache
 
@@ -38,7 +39,7 @@ class StepReport:
 class ReFusionDecoder:
     """Decodes a batch that starts together. Requests that finish early take no more rows; `compact` frees their memory."""
 
-    def __init__(self, forward: ForwardFn, slots: SlotParams, sampling: SamplingParams, *, mask_id: int, eos_ids: Tensor) -> None:
+    def __init__(self, forward: ForwardFn, slots: SlotSettings, sampling: SamplingParams, *, mask_id: int, eos_ids: Tensor) -> None:
         self.forward, self.slots, self.sampling = forward, slots, sampling
         self.mask_id, self.eos_ids = mask_id, eos_ids
         self.width = min(slots.slots_per_block(sampling.max_tokens), slots.num_slots(sampling.max_tokens))
@@ -52,11 +53,34 @@ class ReFusionDecoder:
         self.cache: KVCache = self.forward.new_cache(len(prompts), prompts.shape[1] + answer + scratch)
         self.prompts: Tensor | None = prompts
 
+    @property
+    def is_done(self) -> Tensor:
+        """[B] bool: nothing left to write."""
+        return self.state.phase == DONE
+
+    @property
+    def num_forwards(self) -> Tensor:
+        """[B] forwards each request took part in."""
+        return self.state.num_forwards
+
+    def answer(self, row: int) -> list[int]:
+        """Final tokens of one request from the start of the answer on: up to the first gap, the first EOS or max_tokens."""
+        status, lengths = self.state.status[row].tolist(), self.state.lengths[row].tolist()
+        token_ids, answer = self.state.token_ids[row].tolist(), []
+        for slot, (state, length) in enumerate(zip(status, lengths, strict=True)):
+            if state != COMMITTED:
+                break
+            answer += token_ids[slot][:length]
+            if length < self.slots.slot_size:
+                break  # a slot is cut short by an EOS only
+        return cut_answer(answer, self.eos_ids.tolist(), self.sampling.max_tokens)
+
     def compact(self, requests: Tensor) -> None:
         """Go on with these requests [R] (indices) only."""
         self.state = self.state.select(requests)
         self.cache.select(requests)
 
+    @torch.no_grad()
     def step(self) -> StepReport:
         """One forward for every unfinished request."""
         laid_out = lay_out(self.state, self.slots, self.sampling, self.width, self.mask_id, self.prompts)

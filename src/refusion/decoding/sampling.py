@@ -26,6 +26,12 @@ class Draw:
         return self.temperature == 0.0
 
 
+def cut_answer(token_ids: list[int], eos_ids: list[int], max_tokens: int) -> list[int]:
+    """Tokens through the first EOS, at most `max_tokens`."""
+    ends = [place for place, token in enumerate(token_ids) if token in eos_ids]
+    return token_ids[: min([max_tokens, *(place + 1 for place in ends[:1])])]
+
+
 def filtered_log_probs(logits: Tensor, draw: Draw) -> Tensor:
     """log top-p(softmax(logits / T)) [R, V], renormalised over what top-p keeps; the most probable token always stays."""
     log_probs = (logits / draw.temperature).log_softmax(dim=1)

@@ -1,0 +1,44 @@
+"""The one stream of what happens while an answer is written; the command line, a server and the statistics read the same events."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from refusion.decoding.refusion import StepReport
+from refusion.decoding.state import DONE, VERIFY
+
+Kind = Literal["planned", "verified", "infilled", "committed", "finished"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to one slot (or, for `finished`, to the whole answer) of one request."""
+
+    kind: Kind
+    request: int  # index of the prompt in the call
+    forward: int  # forwards of this request so far, this one included
+    slot: int  # index in the answer; -1 for `finished`
+    offset: int  # place of the first token in the answer
+    token_ids: tuple[int, ...]  # planned: drafts · verified, infilled: what stands now · committed: what became final
+    score: float = 0.0  # planned: confidence of the slot's first token
+    finish_reason: str = ""
+
+
+def step_events(report: StepReport, drafts_after: list[list[list[int]]], row: int, request: int, forward: int) -> Iterator[Event]:
+    """Events of one request (row `row` of the batch) from one forward. drafts_after [S][K]: its tokens after the forward."""
+    if int(report.phase[row]) == DONE:
+        return
+    slot_size = report.drafts.shape[2]
+    kind: Kind = "verified" if int(report.phase[row]) == VERIFY else "infilled"
+    for place, slot in enumerate(report.window[row].tolist()):
+        drafts = report.drafts[row, place].tolist()
+        if bool(report.is_chosen[row, place]):
+            accepted = int(report.num_accepted[row, place])
+            yield Event(kind, request, forward, slot, slot * slot_size, tuple(drafts[:accepted]))
+        num_committed = int(report.is_committed[row, place].sum())
+        if num_committed:
+            yield Event("committed", request, forward, slot, slot * slot_size, tuple(drafts[:num_committed]))
+    for place, slot in enumerate(report.plan_slots[row].tolist()):
+        if bool(report.is_planned[row, place]):
+            score = float(report.plan_scores[row, place])
+            yield Event("planned", request, forward, slot, slot * slot_size, tuple(drafts_after[slot]), score)
