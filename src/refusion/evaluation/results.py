@@ -1,0 +1,143 @@
+"""Result files: one schema for every figure that the project quotes.
+
+A file says what was measured (figures, settings), on what (machine, versions) and from which code (commit, command line), so that a
+table can be written from it without asking anybody. `benchmarks/tables.py` does that.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from refusion.atomic import atomic_file
+from refusion.errors import DataError
+from refusion.evaluation.statistics import Interval
+
+SCHEMA = 1
+FIELDS = ("schema", "name", "date", "machine", "versions", "commit", "command", "settings", "figures", "runs", "notes")
+
+Figure = float | int | Interval
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One setting of a sweep: its label, what was set and what came out."""
+
+    label: str
+    settings: Mapping[str, Any]
+    figures: Mapping[str, Figure]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a benchmark hands over; the rest of the file is found out here."""
+
+    name: str
+    settings: Mapping[str, Any]
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    runs: Sequence[Run] = ()
+    notes: str = ""
+    device: str = "cpu"
+
+
+def write_result(path: Path, result: Result) -> dict[str, Any]:
+    """Write the file, whole or not at all; returns its content."""
+    content = {
+        "schema": SCHEMA,
+        "name": result.name,
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": machine(result.device),
+        "versions": versions(),
+        "commit": commit(),
+        "command": command_line(),
+        "settings": to_plain(result.settings),
+        "figures": {name: to_plain(figure) for name, figure in result.figures.items()},
+        "runs": [to_plain(asdict(run)) for run in result.runs],
+        "notes": result.notes,
+    }
+    with atomic_file(path) as draft:
+        draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return content
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The content of a result file. Raises DataError if it is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the result file {path}: {error}") from error
+    missing = [name for name in FIELDS if not isinstance(content, dict) or name not in content]
+    if missing or content["schema"] != SCHEMA:
+        raise DataError(f"{path} is no result file of schema {SCHEMA}" + (f": {', '.join(missing)} missing" if missing else ""))
+    return content
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Device, processor and memory as the system names them."""
+    import torch
+
+    found: dict[str, Any] = {"device": device, "cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    if device.startswith("cuda"):
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return found
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "refusion"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit() -> str:
+    """The commit of the code, `+dirty` if tracked files differ; $REFUSION_COMMIT says it where there is no git."""
+    given = os.environ.get("REFUSION_COMMIT")
+    if given:
+        return given
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+dirty" if changed.strip() else "")
+
+
+def command_line() -> str:
+    return " ".join(["python", *(Path(sys.argv[0]).name if i == 0 else arg for i, arg in enumerate(sys.argv))])
+
+
+def to_plain(value: Any) -> Any:
+    """JSON types only: dataclasses as objects, paths by their last part, NaN as null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(f"{value:.6g}")
+    return value
