@@ -1,0 +1,346 @@
+"""Recipes: every setting of a training run as frozen dataclasses, filled from TOML and from `--set key=value`.
+
+Each default is written once, here; a recipe file names only what differs. Unknown keys are errors that suggest the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from refusion.errors import ConfigError
+from refusion.slots import DEFAULT_SLOT_SIZES
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides such as `optimizer.learning_rate=1e-3` (or `learning_rate=1e-3` where that is unambiguous)."""
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no recipe at {path}; see recipes/ for examples") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not a readable TOML recipe: {error}") from error
+    for override in overrides:
+        _apply_override(table, override)
+    return recipe_from_table(table)
+
+
+def recipe_from_table(table: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from nested tables; ConfigError on an unknown key, a wrong type or a value out of range."""
+    return _build(Recipe, table, "")
+
+
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of settings that differ between two `Recipe.to_table()` results."""
+    names = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            names += changed_settings(before, after, f"{prefix}{key}.")
+        elif before != after:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSettings:
+    """The model that training starts from and how it is run."""
+
+    base: str
+    """Named model, directory in the Hugging Face layout, or "toy" for a small random model over toy ids."""
+    mask_token: str = ""
+    """Token that becomes the mask token where the checkpoint's config.json has no mask_token_id."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """bfloat16 = autocast over float32 master weights; auto = bfloat16 on a GPU, float32 elsewhere."""
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    """sdpa = dense masks; flex = FlexAttention block masks that skip what packed documents do not see (GPU)."""
+    compile: bool = False
+    """Compile every decoder layer and the loss; worth it for runs over a few minutes on a GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute layer activations in the backward pass: less memory, a third more arithmetic."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One set of rows: JSONL files ({"query", "response"}, {"messages"} or {"prompt_ids", "answer_ids"}), or toy rows."""
+
+    path: str = ""
+    """File or glob, .jsonl or .jsonl.gz, relative to the working directory."""
+    weight: float = 1.0
+    """How often an epoch repeats the source; 2.5 = twice, and half of the rows a third time, drawn anew each epoch."""
+    limit: int = 0
+    """Use only the first rows; 0 = all."""
+    query: str = "query"
+    """Column of the prompt."""
+    response: str = "response"
+    """Column of the answer."""
+    toy: int = 0
+    """Number of toy rows (string tasks over ids) to make instead of reading `path`."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path) != bool(self.toy), "data.sources", self.path or self.toy, "exactly one of path and toy")
+        _require(self.weight > 0, "data.sources.weight", self.weight, "above 0")
+        _require(self.limit >= 0, "data.sources.limit", self.limit, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSettings:
+    """What is trained on and how it is batched."""
+
+    sources: tuple[Source, ...]
+    """The mixture; a plain string is a path."""
+    exclude: tuple[str, ...] = ()
+    """JSONL files whose queries must not be trained on; rows with the same query are dropped."""
+    max_skipped: int = 0
+    """How many malformed rows may be skipped before training refuses the data."""
+    pack_length: int = 1024
+    """Tokens in a packed row; longer rows are dropped and counted."""
+    rows_per_step: int = 32
+    """Packed rows in one optimizer step, over all processes and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches that a process splits its part of a step into."""
+    num_workers: int = 0
+    """Processes that corrupt and pack; 0 = in the training process."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.sources) > 0, "data.sources", self.sources, "at least one source")
+        for name in ("pack_length", "rows_per_step", "accumulation"):
+            _require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "above 0")
+        _require(self.pack_length % 8 == 0, "data.pack_length", self.pack_length, "a multiple of 8")
+        _require(self.rows_per_step % self.accumulation == 0, "data.rows_per_step", self.rows_per_step, "a multiple of data.accumulation")
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveSettings:
+    """What the network learns from a row."""
+
+    name: Literal["refusion", "autoregressive"] = "refusion"
+    """refusion = slots by diffusion, inside a slot left to right; autoregressive = plain fine-tuning."""
+    slot_sizes: tuple[int, ...] = DEFAULT_SLOT_SIZES
+    """Slot sizes, drawn uniformly per example."""
+    serial_share: float = 0.0
+    """Probability of the serial layout (clean answer in text order + a mask group per slot) instead of the paper's; 0 = paper."""
+    serial_groups: int = 0
+    """At most so many mask groups in a serial row; 0 = every slot."""
+    text_order_share: float = 0.0
+    """Probability that clean slots of the paper's layout keep text order; 0 = paper."""
+    distill: float = 0.0
+    """Share in [0, 1] of the base model's softmax in the target of clean tokens and of each serial group's first mask."""
+    chunk_size: int = 4096
+    """Targets that go through the output head at once."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.slot_sizes) > 0 and min(self.slot_sizes) > 0, "objective.slot_sizes", self.slot_sizes, "positive sizes")
+        for name in ("serial_share", "text_order_share", "distill"):
+            _require(0 <= getattr(self, name) <= 1, f"objective.{name}", getattr(self, name), "in [0, 1]")
+        _require(self.serial_groups >= 0, "objective.serial_groups", self.serial_groups, "0 or more")
+        _require(self.chunk_size > 0, "objective.chunk_size", self.chunk_size, "above 0")
+        if self.name == "autoregressive":
+            unused = [n for n in ("serial_share", "serial_groups", "text_order_share") if getattr(self, n)]
+            _require(not unused, "objective." + "".join(unused[:1]), "set", "left out: it has no effect on the autoregressive objective")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodSettings:
+    """Which weights move."""
+
+    name: Literal["full", "lora"] = "full"
+    """full = every weight (see freeze_embeddings); lora = low-rank adapter on all linear layers + the mask row."""
+    freeze_embeddings: bool = False
+    """Full fine-tuning that leaves embedding and tied head alone, except for the mask token's row."""
+    rank: int = 64
+    """Adapter rank."""
+    alpha: float = 128.0
+    """Adapter scale: the update is alpha / rank * B A."""
+    dropout: float = 0.0
+    """Adapter dropout in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank > 0, "method.rank", self.rank, "above 0")
+        _require(self.alpha > 0, "method.alpha", self.alpha, "above 0")
+        _require(0 <= self.dropout < 1, "method.dropout", self.dropout, "in [0, 1)")
+        _require(self.name == "full" or not self.freeze_embeddings, "method.freeze_embeddings", True, "false: lora freezes them anyway")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerSettings:
+    """AdamW and its schedule."""
+
+    learning_rate: float
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up; cosine and linear end at 0."""
+    warmup_ratio: float = 0.0
+    """Share of the steps over which the learning rate rises linearly."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    beta1: float = 0.9
+    """Decay of the gradient average."""
+    beta2: float = 0.95
+    """Decay of the squared gradient average."""
+    epsilon: float = 1e-8
+    """Added to the denominator."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 = never."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
+        _require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "in [0, 1)")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "in [0, 1)")
+        for name in ("weight_decay", "max_grad_norm", "epsilon"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSettings:
+    """Length, seed, logging and saving."""
+
+    output: str
+    """Directory of the run: checkpoint-*, tensorboard/, recipe.json, report.json and final/ (the model in hub layout)."""
+    epochs: float = 1.0
+    """Passes over the mixture; ignored where max_steps is set."""
+    max_steps: int = 0
+    """Optimizer steps; 0 = as many as `epochs` needs."""
+    time_limit_minutes: float = 0.0
+    """Save a checkpoint and stop after so long; the schedule still counts steps. 0 = no limit."""
+    seed: int = 0
+    """Seed of data order, corruption and adapter initialisation."""
+    log_steps: int = 10
+    """Steps between log lines."""
+    save_steps: int = 0
+    """Steps between checkpoints to resume from; 0 = none but the final model."""
+    keep_checkpoints: int = 1
+    """How many checkpoints stay on disk."""
+    final_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the final model's weights on disk."""
+    tensorboard: bool = True
+    """Write TensorBoard events under the output directory."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0, "run.epochs", self.epochs, "above 0")
+        for name in ("max_steps", "time_limit_minutes", "seed", "save_steps"):
+            _require(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "0 or more")
+        for name in ("log_steps", "keep_checkpoints"):
+            _require(getattr(self, name) > 0, f"run.{name}", getattr(self, name), "above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A whole training run."""
+
+    model: ModelSettings
+    data: DataSettings
+    optimizer: OptimizerSettings
+    run: RunSettings
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
+
+    def to_table(self) -> dict[str, Any]:
+        """Nested plain values, as JSON would hold them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} = {value!r} must be {allowed}")
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: write it as key=value, for example --set optimizer.learning_rate=1e-3")
+    path = _full_key(key.strip()).split(".")
+    for part in path[:-1]:
+        table = table.setdefault(part, {})
+    table[path[-1]] = _parse_value(text.strip())
+
+
+def _full_key(key: str) -> str:
+    """A bare field name is completed with its section where only one section has it."""
+    if "." in key:
+        return key
+    owners = [name for name, kind in typing.get_type_hints(Recipe).items() if key in _field_names(kind)]
+    if len(owners) > 1:
+        raise ConfigError(f"--set {key}: say which one, {' or '.join(f'{owner}.{key}' for owner in owners)}")
+    return f"{owners[0]}.{key}" if owners else key
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value; text that is none is taken as a string, so that paths and names need no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build(kind: Any, table: Any, prefix: str) -> Any:
+    """Fill the dataclass `kind` from a table, converting lists to tuples and ints to floats where the field asks for it."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.') or 'the recipe'} must be a table, got {table!r}")
+    known = _field_names(kind)
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"unknown setting {prefix}{key}; {_suggestion(key, prefix)}")
+    missing = [f.name for f in dataclasses.fields(kind) if f.name not in table and _is_required(f)]
+    if missing:
+        raise ConfigError(f"the recipe lacks {prefix}{missing[0]}")
+    hints = typing.get_type_hints(kind)
+    return kind(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in table.items()})
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if kind is Source and isinstance(value, str):
+            value = {"path": value}
+        return _build(kind, value, f"{name}.")
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            nearest = difflib.get_close_matches(str(value), [str(a) for a in arguments], 1, 0.0)
+            raise ConfigError(f"{name} = {value!r} must be one of {', '.join(map(repr, arguments))}; did you mean {nearest[0]!r}?")
+        return value
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise ConfigError(f"{name} = {value!r} must be a list")
+        return tuple(_convert(arguments[0], item, name) for item in items)
+    assert not isinstance(kind, types.UnionType), kind
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and not isinstance(value, str) or type(value) is not kind:
+        raise ConfigError(f"{name} = {value!r} must be of type {kind.__name__}")
+    return value
+
+
+def _suggestion(key: str, prefix: str) -> str:
+    """Point to the nearest known dotted name, preferring the same section."""
+    names = _all_names()
+    matches: Callable[..., list[str]] = difflib.get_close_matches
+    same_section = matches(f"{prefix}{key}", [n for n in names if n.startswith(prefix)], 1, 0.6)
+    by_field = [n for n in names if n.rsplit(".", 1)[-1] == key]
+    nearest = by_field or same_section or matches(f"{prefix}{key}", names, 1, 0.0)
+    return f"did you mean {nearest[0]}?"
+
+
+def _all_names() -> list[str]:
+    sections = typing.get_type_hints(Recipe)
+    names = [f"{section}.{name}" for section, kind in sections.items() for name in _field_names(kind)]
+    return [*sections, *names, *(f"data.sources.{name}" for name in _field_names(Source))]
+
+
+def _field_names(kind: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind)]
+
+
+def _is_required(f: dataclasses.Field[Any]) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
