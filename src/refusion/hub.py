@@ -234,15 +234,21 @@ def _sweep(path: Path) -> None:
 
 
 def _build_tuned(model: _Tuned, path: Path, *, progress: bool) -> None:
-    from refusion.deltas import materialise
+    """Apply the package's weights to the base, which is pulled first; they must have been made for exactly that base."""
+    from refusion.deltas import load_packed, materialise
 
     weights = _weights_path(model)
     if not weights.exists():
         raise CheckpointError(f"{model.name} is not part of this installation: {weights.name} is missing; reinstall refusion")
-    base = pull(model.base, progress=progress)
+    packed = load_packed(weights)
+    base = _MODELS[model.base]
+    assert isinstance(base, _Base), f"{model.name} stands on {model.base}, which is no base model"
+    if (packed.base, packed.base_sha256) != (base.name, base.release.sha256):
+        raise CheckpointError(f"{weights} was made for another version of {packed.base}; reinstall refusion")
+    base_path = pull(model.base, progress=progress)
     with _progress(progress) as bar, atomic_directory(path, replace=True) as directory:
         task = bar.add_task(f"building {model.name}", total=1)
-        materialise(base, weights, directory)
+        materialise(base_path, packed, directory)
         _finish(model, directory)
         bar.update(task, completed=1)
 
