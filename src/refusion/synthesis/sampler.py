@@ -140,7 +140,8 @@ class Sampler:
                 chosen = chosen[: max(1, min(len(chosen) - 1, self._fitting_rows(max_length)))]
             start += len(chosen)
             rows = [row_ids[i] for i in chosen]
-            batch = self._sample_batch([list(prompts[i]) for i in chosen], rows, sampling, max_length, eos, banned)
+            with self._kernels():
+                batch = self._sample_batch([list(prompts[i]) for i in chosen], rows, sampling, max_length, eos, banned)
             for i, tokens in zip(chosen, batch, strict=True):
                 outputs[i] = tokens
             self.num_drawn += sum(map(len, batch))
@@ -227,10 +228,8 @@ class Sampler:
                 cache.keys[index][part, :, :width] = k
                 cache.values[index][part, :, :width] = v
                 group = self.num_heads // self.num_kv_heads
-                with self._kernels():
-                    out = F.scaled_dot_product_attention(
-                        q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), attn_mask=self._expand(mask, q, k)
-                    )
+                k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._expand(mask, q, k))
                 x = self._finish(layer, x, out.transpose(1, 2).flatten(2))
             last.append(x[:, -1])
         return torch.cat(last)
@@ -248,8 +247,7 @@ class Sampler:
             values[:, :, column] = v[:, :, 0]
             grouped = q.view(q.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, N, G, D]: the group reads its keys once
             keys, values = keys[:, :, :length], values[:, :, :length]
-            with self._kernels():
-                out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._expand(mask, grouped, keys))
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._expand(mask, grouped, keys))
             x = self._finish(layer, x, out.reshape(x.shape[0], 1, -1))
         return x[:, 0]
 

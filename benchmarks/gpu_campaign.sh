@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# The training campaign of the default model on one H100, stage by stage: base, synthesize, train, evaluate. Each stage can be run again.
+# Paths: WORK (scratch of the machine), DATA (JSONL files of the mixture), OUT (what comes back).
+#     bash benchmarks/gpu_campaign.sh base && bash benchmarks/gpu_campaign.sh synthesize
+#     bash benchmarks/gpu_campaign.sh train NAME recipes/smollm2-135m.toml [--set key=value ...]
+#     bash benchmarks/gpu_campaign.sh evaluate NAME [FIRST_ROW:LAST_ROW of chat] [rows of tasks]
+set -euo pipefail
+WORK=${WORK:-/tmp/campaign} DATA=${DATA:-.carry/data} OUT=${OUT:-$WORK/out}
+export REFUSION_HOME=$WORK/home REFUSION_GGUF=$WORK/gguf PYTHONPATH=src:$WORK/site PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$WORK/inductor
+mkdir -p "$WORK/data" "$WORK/gguf" "$OUT"
+refusion() { python3 -m refusion "$@"; }
+
+base() {
+    python3 -m pip install -q --no-index --no-deps --no-cache-dir --upgrade --target "$WORK/site" .whl/*.whl
+    cp "$DATA"/*.jsonl.gz "$WORK/data/"
+    refusion models pull smollm2-135m
+}
+
+synthesize() { # greedy answers to the queries of the supplied pairs, then new pairs for SECONDS_NEW seconds
+    zcat "$WORK"/data/selfwritten_train-0*.jsonl.gz > "$WORK/data/queries.jsonl"
+    refusion synthesize --output "$WORK/greedy" --queries "$WORK/data/queries.jsonl" --exclude "$WORK/data/heldout.jsonl.gz" \
+        --device "${DEVICE:-cuda}" --batch-size "${BATCH:-4096}" 2> >(tee "$OUT/synthesize-greedy.log" >&2)
+    timeout -s INT "${SECONDS_NEW:-100}" python3 -m refusion synthesize --output "$WORK/new" --num-pairs 1000000 --seed 11 \
+        --exclude "$WORK/data/heldout.jsonl.gz" --exclude "$WORK/data/queries.jsonl" --device "${DEVICE:-cuda}" --batch-size "${BATCH:-4096}" \
+        2> >(tee "$OUT/synthesize-new.log" >&2) || true
+    cat "$WORK"/greedy/part-*.jsonl "$WORK"/new/part-*.jsonl | gzip > "$WORK/data/greedy.jsonl.gz"
+    python3 benchmarks/without_queries.py "$WORK/data/queries.jsonl" "$WORK/data/greedy.jsonl.gz" | gzip > "$WORK/data/warm.jsonl.gz"
+    ls -l "$WORK/data"; cp "$WORK/data/greedy.jsonl.gz" "$OUT/"
+}
+
+train() { # NAME RECIPE [options]
+    local name=$1 recipe=$2; shift 2
+    refusion train "$recipe" --output "$WORK/runs/$name" --json --set "data.exclude=[\"$WORK/data/tasks_heldout.jsonl.gz\"]" \
+        --set "data.sources=$(mixture)" "$@" > "$OUT/train-$name.json" 2> >(tee "$OUT/train-$name.log" | tail -n 3 >&2)
+    tail -n 4 "$OUT/train-$name.log"
+}
+
+mixture() { # chat, predictable tasks, and a little of everything else that is permitted
+    echo '[{path="'$WORK'/data/greedy.jsonl.gz",weight='${GREEDY:-1}'},{path="'$WORK'/data/warm.jsonl.gz"},{path="'$WORK'/data/predictable.jsonl.gz",weight='${TASKS:-1}'},{path="'$WORK'/data/gsm8k.jsonl.gz",weight=2},{path="'$WORK'/data/arc.jsonl.gz"},{path="'$WORK'/data/mbpp.jsonl.gz"},{path="'$WORK'/data/functions.jsonl.gz"}]'
+}
+
+evaluate() { # NAME [chat rows] [number of tasks] [sweep file]
+    local name=$1 rows=${2:-0:256} tasks=${3:-2100} sweep=${4:-benchmarks/sweeps/short.json}
+    local model="$WORK/runs/$name/final"; [ -d "$model" ] || model=$name
+    python3 benchmarks/chat.py --model "$model" --device "${DEVICE:-cuda}" --batch-size "${CHAT_BATCH:-256}" --rows "$rows" --sweep "$sweep" --score-batch-size 64 \
+        --data "$WORK/data/heldout.jsonl.gz" --output "$OUT/chat-$name.json" --save-texts "$OUT/chat-$name.jsonl"
+    python3 benchmarks/tasks.py --model "$model" --device "${DEVICE:-cuda}" --batch-size "${TASK_BATCH:-350}" --rows "0:$tasks" --sweep "$sweep" \
+        --data "$WORK/data/tasks_heldout.jsonl.gz" --output "$OUT/tasks-$name.json"
+}
+
+"$@"

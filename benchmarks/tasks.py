@@ -1,0 +1,68 @@
+"""Predictable tasks: right answers and tokens per forward on the 2,100 held-out rows.
+
+    python benchmarks/tasks.py --device cuda --batch-size 256
+    python benchmarks/tasks.py --decoder autoregressive --model runs/autoregressive --output benchmarks/results/tasks-autoregressive.json
+
+Python answers are run in the sandbox; the other families are compared with the gold answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+
+from refusion import LLM
+from refusion.evaluation.results import Figure
+from refusion.evaluation.sandbox import run_many
+from refusion.evaluation.statistics import forward_stats, wilson
+from refusion.synthesis.predictable import check, code_block
+
+
+def main() -> None:
+    parser = harness.parser("Right answers and tokens per forward on predictable tasks.", output="tasks.json", max_tokens=320)
+    parser.add_argument("--data", type=Path, default=None, help="rows as predictable.make writes them; by default the held-out ones")
+    parser.add_argument("--rows", default=None, help="rows FIRST:LAST of the file")
+    args = parser.parse_args()
+    data = args.data or harness.shared("tasks", "heldout.jsonl")
+    rows = harness.rows_of(data, args.rows, args.limit)
+
+    llm = LLM.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+    runs = []
+    for outcome in harness.outcomes(llm, [harness.chat(row["query"]) for row in rows], args):
+        runs.append(harness.run_of(llm, outcome.setting, figures(llm, rows, outcome)))
+        harness.save_texts(args, outcome.setting, rows, outcome.outputs)
+    harness.finish(args, "tasks", llm, runs, data=data, rows=args.rows, num_prompts=len(rows))
+
+
+def figures(llm: LLM, rows: Sequence[dict[str, Any]], outcome: harness.Outcome) -> dict[str, Figure]:
+    outputs = outcome.outputs
+    is_right = judge(rows, [out.text for out in outputs])
+    found: dict[str, Figure] = {}
+    for family in ["", *dict.fromkeys(row["family"] for row in rows)]:
+        chosen = [i for i, row in enumerate(rows) if family in ("", row["family"])]
+        tokens = [outputs[i].token_ids for i in chosen]
+        forwards = forward_stats(tokens, [outputs[i].stats.num_forwards for i in chosen], llm.eos_ids())
+        suffix = f"_{family}" if family else ""
+        found[f"accuracy{suffix}"] = wilson(sum(is_right[i] for i in chosen), len(chosen))
+        found[f"tokens_per_forward{suffix}"] = forwards.interval
+        found[f"mean_tokens{suffix}"] = forwards.num_tokens / len(chosen)
+    num_tokens = sum(out.stats.num_tokens for out in outputs)
+    stopped_share = sum(out.finish_reason == "stop" for out in outputs) / len(outputs)
+    return found | {"stopped_share": stopped_share, "seconds": outcome.seconds, "tokens_per_second": num_tokens / outcome.seconds}
+
+
+def judge(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[bool]:
+    """Whether each text answers its row; the tests of python rows run in the sandbox."""
+    is_right = [bool(check(row, text)) for row, text in zip(rows, texts, strict=True)]  # type: ignore[arg-type]  # rows were read from JSON
+    programs = [i for i, row in enumerate(rows) if row["check"]["type"] == "python" and is_right[i]]
+    results = run_many([(code_block(texts[i]) or "", rows[i]["check"]["tests"]) for i in programs])
+    for i, result in zip(programs, results, strict=True):
+        is_right[i] = result.passed
+    return is_right
+
+
+if __name__ == "__main__":
+    main()
