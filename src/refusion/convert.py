@@ -83,12 +83,12 @@ def choose_mask_token(
         raise CheckpointError(f"{source} has no tokenizer.json, so no mask token can be chosen; add the tokenizer first")
     if wanted == "auto":
         own = _text(tokenizer_config.get("mask_token"))
-        if own is not None and tokenizer.token_to_id(own) is not None:
-            return MaskToken(token_id=tokenizer.token_to_id(own), text=own, origin="mask token of the tokenizer", is_new=False)
+        own_id = None if own is None else tokenizer.token_to_id(own)
+        if own_id is not None:
+            return MaskToken(token_id=own_id, text=own, origin="mask token of the tokenizer", is_new=False)
         if _num_tokens(tokenizer) < config["vocab_size"]:
             return _new_token(config, tokenizer, NEW_MASK_TOKEN)
-        unused = _unused_special(tokenizer, str(tokenizer_config))
-        return unused or _new_token(config, tokenizer, NEW_MASK_TOKEN)
+        return _unused_special(tokenizer, tokenizer_config, source) or _new_token(config, tokenizer, NEW_MASK_TOKEN)
     token_id = tokenizer.token_to_id(wanted)
     if token_id is None:
         return _new_token(config, tokenizer, wanted)
@@ -107,11 +107,13 @@ def _new_token(config: dict[str, Any], tokenizer: Tokenizer, text: str) -> MaskT
     return MaskToken(token_id=token_id, text=text, origin=origin, is_new=True)
 
 
-def _unused_special(tokenizer: Tokenizer, described: str) -> MaskToken | None:
-    """A special token that by its name was never trained and that the tokenizer's settings (template included) do not mention."""
+def _unused_special(tokenizer: Tokenizer, tokenizer_config: dict[str, Any], source: Path) -> MaskToken | None:
+    """A special token that by its name was never trained and that neither the named specials nor the chat template use."""
+    template = source / "chat_template.jinja"
+    used = [template.read_text(encoding="utf-8") if template.is_file() else "", str(tokenizer_config.get("chat_template", ""))]
+    used += [_text(token) or "" for name, token in tokenizer_config.items() if name.endswith("_token") and isinstance(token, str | dict)]
     for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items()):
-        mentions = described.count(token.content) - described.count(f"'content': '{token.content}'")
-        if token.special and _UNUSED.fullmatch(token.content) and mentions <= 0:
+        if token.special and _UNUSED.fullmatch(token.content) and not any(token.content in text for text in used):
             return MaskToken(token_id=token_id, text=token.content, origin="unused special", is_new=False)
     return None
 

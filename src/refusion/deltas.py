@@ -129,9 +129,10 @@ def quantise(delta: Tensor, bits: int, group_size: int = 128) -> tuple[Tensor, T
     num_groups = math.ceil(delta.numel() / group_size)
     groups = torch.nn.functional.pad(delta.reshape(-1).float(), (0, num_groups * group_size - delta.numel())).view(num_groups, group_size)
     codebook = _codebook(bits, delta.device)
-    scales = groups.square().mean(1).sqrt()  # [G], the right one for Gaussian values
+    is_real = (torch.arange(groups.numel(), device=groups.device) < delta.numel()).view(num_groups, group_size)
+    scales = (groups.square().sum(1) / is_real.sum(1)).sqrt()  # [G], the right one for Gaussian values
     for _ in range(2):
-        levels = codebook[_nearest(groups, scales, codebook)]  # [G, n]
+        levels = codebook[_nearest(groups, scales, codebook)] * is_real  # [G, n]
         scales = (groups * levels).sum(1) / levels.square().sum(1)
     scales = scales.clamp(0, torch.finfo(torch.float16).max).to(torch.float16)
     return _pack_bits(_nearest(groups, scales.float(), codebook), bits), scales
