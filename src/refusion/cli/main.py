@@ -18,7 +18,7 @@ from refusion import __version__
 from refusion.errors import RefusionError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "generate": ("refusion.cli.generate:command", "Answer one prompt, or one per line of standard input."),
+    "generate": ("refusion.cli.generate:command", "Answer one prompt."),
     "chat": ("refusion.cli.chat:command", "Talk with a model in the terminal."),
     "models": ("refusion.cli.models:app", "List, pull, locate and remove the named models."),
     "convert": ("refusion.cli.convert:command", "Give a Qwen3 or Llama checkpoint a mask token, merge an adapter."),

@@ -60,7 +60,8 @@ class SlotParams:
 
     def __post_init__(self) -> None:
         _require(self.block_size is None or self.serial_blocks is None, "serial_blocks", self.serial_blocks, "left out where block_size is given")
-        self.resolve({})  # whatever is given must be valid with the rest at its defaults
+        # Whatever is given must be valid by itself; whether block_size fits a slot size left out shows once that is known.
+        self.resolve({"slot_size": 1} if self.slot_size is None else {})
 
     def resolve(self, recommended: Mapping[str, Any]) -> "SlotSettings":
         """Fill what was left out. Raises `ConfigError` naming a field that is out of range."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from refusion.decoding.autoregressive import AutoregressiveDecoder
 from refusion.decoding.events import Event, step_events
-from refusion.decoding.refusion import ReFusionDecoder
+from refusion.decoding.refusion import ReFusionDecoder, StepReport
 
 # B = requests of the batch, P = longest prompt
 
@@ -53,7 +53,7 @@ def run_batch(
     requests = list(range(len(prompts)))  # row of the batch -> prompt
     while requests:
         report = decoder.step()
-        if on_event is not None and report is not None:
+        if on_event is not None:
             _emit(decoder, report, requests, first_request, on_event)
         is_done = decoder.is_done.tolist()  # one host synchronisation a forward: somebody has to notice the end
         finished = {row: None for row, done in enumerate(is_done) if done}
@@ -96,11 +96,22 @@ def _compact(decoder: Decoder, requests: list[int], device: torch.device) -> lis
     return [requests[row] for row in going_on]
 
 
-def _emit(decoder: Decoder, report: object, requests: list[int], first_request: int, on_event: OnEvent) -> None:
-    assert isinstance(decoder, ReFusionDecoder)
+def _emit(decoder: Decoder, report: StepReport | None, requests: list[int], first_request: int, on_event: OnEvent) -> None:
+    if report is None:
+        _emit_last_tokens(decoder, requests, first_request, on_event)
+        return
     drafts = decoder.state.token_ids.tolist()
     forwards = decoder.num_forwards.tolist()
     for row, request in enumerate(requests):
         if request >= 0:
             for event in step_events(report, drafts[row], row, first_request + request, forwards[row]):
                 on_event(event)
+
+
+def _emit_last_tokens(decoder: Decoder, requests: list[int], first_request: int, on_event: OnEvent) -> None:
+    """Autoregressive decoding in the same words: every token is a slot of one that is committed at once."""
+    for row, request in enumerate(requests):
+        if request >= 0:
+            token_ids = decoder.answer(row)
+            place = len(token_ids) - 1
+            on_event(Event("committed", first_request + request, place + 1, place, place, (token_ids[place],)))

@@ -1,0 +1,82 @@
+"""`refusion generate`: answer one prompt."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from refusion.cli import options
+from refusion.errors import RequestError
+from refusion.hub import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from refusion.llm import Prompt
+
+
+def command(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT|-", help="What to answer; - reads it from standard input.")],
+    model: options.Model = DEFAULT_MODEL,
+    decoder: options.Decoder = options.DecoderName.refusion,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as it stands, without the chat template.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also decode with the base model, one token per forward.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show slots as they are planned, verified, infilled and committed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    max_tokens: options.MaxTokens = options.DEFAULT_MAX_TOKENS,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = 0,
+    stop: options.Stop = None,
+    slot_size: options.SlotSize = None,
+    block_size: options.BlockSize = None,
+    serial_blocks: options.SerialBlocks = None,
+    slot_threshold: options.SlotThreshold = None,
+    token_threshold: options.TokenThreshold = None,
+    acceptance: options.Acceptance = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = None,
+) -> None:
+    """Answer one prompt: the text on standard output, what it cost on standard error.
+
+    \b
+    refusion generate "Why is the sky blue?"
+    refusion generate --compare "Write a JSON object with three cities and their countries."
+    refusion generate --watch --slot-size 8 --block-size 32 "Count from 1 to 20."
+    echo "List five fruits." | refusion generate --json -
+    refusion generate --raw --temperature 0.8 --seed 7 --stop "." "Once upon a time"
+    """
+    sampling = options.sampling_params(max_tokens, temperature, top_p, seed, stop)
+    slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance)
+    options.refuse_together({"--compare": compare, "--watch": watch})
+    options.refuse_together({"--compare": compare, "--decoder autoregressive": decoder is options.DecoderName.autoregressive})
+    options.refuse_together({"--watch": watch, "--json": as_json})
+    text = _read(prompt)
+    with options.interruptible():
+        from refusion.cli.answer import NoText, answer, make_display
+
+        llm = options.load(model, device, dtype)
+        settings = options.resolve_slots(slots, llm)
+        request: Prompt = text if raw else [{"role": "user", "content": text}]
+        if compare:
+            from refusion.cli.compare import compare_decoders
+
+            comparison = compare_decoders(llm, model, request, sampling, slots)
+            options.print_json(comparison.to_dict()) if as_json else comparison.print()
+            return
+        display = NoText() if as_json else make_display(llm, sampling, watch=watch)
+        output = answer(llm, request, sampling, slots, decoder.value, display)
+    used = settings if decoder is options.DecoderName.refusion else None
+    if as_json:
+        slots_used = {"slots": options.slots_dict(used)} if used else {}
+        options.print_json({"model": model, "decoder": decoder.value, **options.output_dict(output), **slots_used})
+    else:
+        typer.echo(options.summary(output, used), err=True)
+
+
+def _read(prompt: str) -> str:
+    """The prompt, from standard input where it is `-`. Raises `RequestError` if there is nothing in it."""
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    if not text.strip():
+        raise RequestError("the prompt is empty; give it some text")
+    return text

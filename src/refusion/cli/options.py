@@ -1,0 +1,181 @@
+"""Flags that `generate` and `chat` share, and how they become settings. No torch here: a wrong flag is told before anything loads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from refusion.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from refusion.decoding.params import SamplingParams, SlotParams, SlotSettings
+    from refusion.llm import LLM, RequestOutput
+
+
+class DecoderName(StrEnum):
+    """How the answer is written."""
+
+    refusion = "refusion"
+    autoregressive = "autoregressive"
+
+
+class AcceptanceName(StrEnum):
+    """When a drafted token stands."""
+
+    paper = "paper"
+    argmax = "argmax"
+
+
+class DtypeName(StrEnum):
+    """What the network computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Model = Annotated[str, typer.Option(help="Named model (`refusion models list`) or directory of a checkpoint.")]
+Decoder = Annotated[DecoderName, typer.Option(help="Plan and infill slots, or write one token per forward.")]
+SlotSize = Annotated[
+    int | None, typer.Option(help="Tokens in a slot; this and the next five are the model's own for the device where left out.")
+]
+BlockSize = Annotated[int | None, typer.Option(help="Tokens in a serial block, a multiple of the slot size.")]
+SerialBlocks = Annotated[int | None, typer.Option(help="Serial blocks the answer is cut into, instead of --block-size.")]
+SlotThreshold = Annotated[float | None, typer.Option(help="Plan the slots whose first token is more probable, 0 to 1.")]
+TokenThreshold = Annotated[float | None, typer.Option(help="Keep drafted tokens that are more probable, 0 to 1.")]
+Acceptance = Annotated[
+    AcceptanceName | None,
+    typer.Option(help="paper: by the token threshold; argmax: or by being the most probable token."),
+]
+MaxTokens = Annotated[int, typer.Option(help="Most new tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the most probable token.")]
+TopP = Annotated[float, typer.Option(help="Draw from the most probable tokens with this much probability together.")]
+Seed = Annotated[int, typer.Option(help="The same seed draws the same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[DtypeName | None, typer.Option(help="Left out: bfloat16 where the device computes in it, else float32.")]
+
+DEFAULT_MAX_TOKENS = 256
+
+
+def sampling_params(max_tokens: int, temperature: float, top_p: float, seed: int, stop: list[str] | None) -> SamplingParams:
+    """Checked settings of the sampling flags; a value out of range is a usage error."""
+    from refusion.decoding.params import SamplingParams
+
+    with usage_errors():
+        return SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ()))
+
+
+def slot_params(
+    slot_size: int | None,
+    block_size: int | None,
+    serial_blocks: int | None,
+    slot_threshold: float | None,
+    token_threshold: float | None,
+    acceptance: AcceptanceName | None,
+) -> SlotParams:
+    """Checked settings of the slot flags; a value out of range is a usage error."""
+    from refusion.decoding.params import SlotParams
+
+    with usage_errors():
+        return SlotParams(
+            slot_size=slot_size,
+            block_size=block_size,
+            serial_blocks=serial_blocks,
+            slot_threshold=slot_threshold,
+            token_threshold=token_threshold,
+            acceptance=acceptance.value if acceptance else None,
+        )
+
+
+def refuse_together(flags: dict[str, bool]) -> None:
+    """Two flags that contradict one another are a usage error."""
+    if all(flags.values()):
+        with usage_errors():
+            raise ConfigError(f"{' and '.join(flags)} do not go together; leave one out")
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """A `ConfigError` in here comes from a flag: one line that names the flag, exit code 2."""
+    try:
+        yield
+    except ConfigError as error:
+        field, _, rest = str(error).partition(" ")
+        flag = f"--{field.replace('_', '-')}" if re.fullmatch(r"[a-z]+(_[a-z]+)*", field) else field
+        typer.echo(f"refusion: error: {flag} {rest}", err=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends the command with exit code 130 and no traceback."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        typer.echo("stopped", err=True)
+        raise typer.Exit(130) from error
+
+
+def load(model: str, device: str, dtype: DtypeName | None) -> LLM:
+    """The model, fetched with a progress bar if it is not here. Raises `CheckpointError` if it cannot be talked to in text."""
+    from refusion.llm import LLM
+
+    llm = LLM.from_pretrained(model, device=device, dtype=dtype.value if dtype else None)
+    if llm.tokenizer is None:
+        raise CheckpointError(f"{llm.path} has no tokenizer.json; put the tokenizer of its base beside the weights")
+    return llm
+
+
+def resolve_slots(slots: SlotParams, llm: LLM) -> SlotSettings:
+    """The slot settings this model will decode with; flags that do not fit its own are a usage error."""
+    with usage_errors():
+        return slots.resolve(llm.recommended)
+
+
+def summary(output: RequestOutput, slots: SlotSettings | None) -> str:
+    """One line on what an answer cost; `slots` is None for autoregressive decoding."""
+    stats = output.stats
+    cost = f"{stats.num_tokens} tokens in {stats.num_forwards} forwards ({stats.tokens_per_forward:.2f} tokens per forward)"
+    how = "autoregressive" if slots is None else slots_text(slots)
+    return f"{cost}, {stats.tokens_per_second:.1f} tokens/s; {how}"
+
+
+def slots_text(slots: SlotSettings) -> str:
+    """Slot settings in words."""
+    cut = f"{slots.serial_blocks} serial blocks" if slots.serial_blocks else f"blocks of {slots.block_size or slots.slot_size}"
+    thresholds = f"thresholds {slots.slot_threshold:g}/{slots.token_threshold:g}"
+    return f"slots of {slots.slot_size} in {cut}, {thresholds}, {slots.acceptance} acceptance"
+
+
+def output_dict(output: RequestOutput) -> dict[str, Any]:
+    """An answer and its cost, for --json."""
+    stats = output.stats
+    return {
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "num_tokens": stats.num_tokens,
+        "num_forwards": stats.num_forwards,
+        "tokens_per_forward": stats.tokens_per_forward,
+        "seconds": stats.seconds,
+        "tokens_per_second": stats.tokens_per_second,
+    }
+
+
+def slots_dict(slots: SlotSettings) -> dict[str, Any]:
+    """Slot settings, for --json."""
+    from dataclasses import asdict
+
+    return asdict(slots)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """One object on standard output."""
+    import json
+
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
