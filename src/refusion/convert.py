@@ -26,6 +26,7 @@ MODEL_TYPES = ("llama", "qwen3")
 DTYPES = ("float32", "bfloat16", "float16")
 NEW_MASK_TOKEN = "<|mask|>"
 
+_MASK_TEXTS = (NEW_MASK_TOKEN, "<mask>", "[MASK]")
 _UNUSED = re.compile(r"<empty_output>|<\|?reserved_special_token_\d+\|?>|<\|?(?:unused|extra|dummy)_?\d+\|?>|\[unused\d+\]")
 _ROW_MULTIPLE = 8  # matrix units want the vocabulary in multiples of this
 
@@ -82,10 +83,9 @@ def choose_mask_token(
     if tokenizer is None:
         raise CheckpointError(f"{source} has no tokenizer.json, so no mask token can be chosen; add the tokenizer first")
     if wanted == "auto":
-        own = _text(tokenizer_config.get("mask_token"))
-        own_id = None if own is None else tokenizer.token_to_id(own)
-        if own_id is not None:
-            return MaskToken(token_id=own_id, text=own, origin="mask token of the tokenizer", is_new=False)
+        own = _own_mask_token(tokenizer, tokenizer_config)
+        if own is not None:
+            return own
         if _num_tokens(tokenizer) < config["vocab_size"]:
             return _new_token(config, tokenizer, NEW_MASK_TOKEN)
         return _unused_special(tokenizer, tokenizer_config, source) or _new_token(config, tokenizer, NEW_MASK_TOKEN)
@@ -98,6 +98,15 @@ def choose_mask_token(
     if wanted in {_text(tokenizer_config.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}:
         raise ConfigError(f"--mask-token {wanted!r} has another meaning in this checkpoint; choose one that is not used")
     return MaskToken(token_id=token_id, text=wanted, origin="named", is_new=False)
+
+
+def _own_mask_token(tokenizer: Tokenizer, tokenizer_config: dict[str, Any]) -> MaskToken | None:
+    """The mask token that the tokenizer names, or a special token that is one by its text."""
+    specials = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    for text in (_text(tokenizer_config.get("mask_token")), *_MASK_TEXTS):
+        if text in specials:
+            return MaskToken(token_id=specials[text], text=text, origin="mask token of the tokenizer", is_new=False)
+    return None
 
 
 def _new_token(config: dict[str, Any], tokenizer: Tokenizer, text: str) -> MaskToken:
