@@ -1,8 +1,8 @@
 """Held-out chat prompts: tokens per forward against agreement with the base model.
 
-    python benchmarks/chat.py --device cuda --batch-size 128
-    python benchmarks/chat.py --device cuda --sweep sweep.json --output runs/chat-sweep.json
-    python benchmarks/chat.py --decoder autoregressive --model smollm2-135m --output benchmarks/results/chat-base.json
+python benchmarks/chat.py --device cuda --batch-size 128
+python benchmarks/chat.py --device cuda --sweep sweep.json --output runs/chat-sweep.json
+python benchmarks/chat.py --decoder autoregressive --model smollm2-135m --output benchmarks/results/chat-base.json
 """
 
 from __future__ import annotations

@@ -110,9 +110,7 @@ def outcomes(llm: LLM, prompts: Sequence[Any], args: argparse.Namespace) -> Iter
     llm.generate(list(prompts[:1]), SamplingParams(max_tokens=8), chosen[0].slots, decoder=chosen[0].decoder)
     for setting in chosen:
         started = time.perf_counter()
-        outputs = llm.generate(
-            list(prompts), sampling, setting.slots, decoder=setting.decoder, progress=True, batch_size=args.batch_size
-        )
+        outputs = llm.generate(list(prompts), sampling, setting.slots, decoder=setting.decoder, progress=True, batch_size=args.batch_size)
         yield Outcome(setting, outputs, time.perf_counter() - started)
 
 
@@ -128,9 +126,7 @@ def finish(args: argparse.Namespace, name: str, llm: LLM, runs: Sequence[Run], *
     figures = runs[0].figures if len(runs) == 1 else {}
     if len(runs) == 1:
         described |= runs[0].settings
-    write_result(
-        args.output, Result(name=name, settings=described, figures=figures, runs=runs, notes=args.notes, device=args.device)
-    )
+    write_result(args.output, Result(name=name, settings=described, figures=figures, runs=runs, notes=args.notes, device=args.device))
     print(f"written {args.output}", file=sys.stderr)
 
 

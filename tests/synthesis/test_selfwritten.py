@@ -70,7 +70,8 @@ def test_every_reason_is_counted_and_only_good_pairs_are_kept(tmp_path: Path) ->
         "duplicate query": 1, "query not closed": 1, "held-out query": 1, "special-token text": 2, "query empty": 1,
         "answer not closed": 1, "answer short": 1, "repetition": 1,
     }  # fmt: skip
-    assert progress.num_drafts == 12 and progress.num_pairs == 3
+    assert progress.num_drafts == 12
+    assert progress.num_pairs == 3
 
 
 def test_rows_depend_neither_on_batch_size_nor_on_interruptions(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_other_settings_in_a_begun_directory_are_refused(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="seed"):
         SelfWriter(ScriptedSampler({}, {}), LetterTokenizer(), tmp_path, SynthesisSettings(seed=4))  # type: ignore[arg-type]
     (tmp_path / "state.json").write_text("{")
-    with pytest.raises(DataError, match="state.json"):
+    with pytest.raises(DataError, match=r"state\.json"):
         writer(tmp_path, ScriptedSampler({}, {}))
 
 
@@ -122,12 +123,14 @@ def test_user_turn_prefix_ends_where_the_user_begins() -> None:
 
 def test_bad_query_files_name_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "queries.jsonl"
-    good = json.dumps({"query": "a"}) + "\n" + json.dumps({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "b"}]})
+    good = (
+        json.dumps({"query": "a"}) + "\n" + json.dumps({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "b"}]})
+    )
     path.write_text(good + "\n")
     assert read_queries(path) == ["a", "b"]
     for bad in ("{", "[]", '{"text": 1}'):
         path.write_text(good + "\n" + bad + "\n")
-        with pytest.raises(DataError, match="queries.jsonl:3"):
+        with pytest.raises(DataError, match=r"queries\.jsonl:3"):
             read_queries(path)
     with pytest.raises(DataError, match="cannot read"):
         read_queries(tmp_path / "absent.jsonl")

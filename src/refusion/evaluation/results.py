@@ -86,10 +86,15 @@ def machine(device: str) -> dict[str, Any]:
     """Device, processor and memory as the system names them."""
     import torch
 
-    found: dict[str, Any] = {"device": device, "cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"device": device, "cpu": cpu_name(), "cores": num_cores(), "threads": torch.get_num_threads()}
     if device.startswith("cuda"):
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return found
+
+
+def num_cores() -> int:
+    """Cores this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:

@@ -94,10 +94,8 @@ def pair_of(node: ast.FunctionDef) -> tuple[str, str] | None:
     summary = " ".join(doc.split("\n\n")[0].split())
     if not 20 <= len(summary) <= 300 or not summary.isascii() or any(mark in summary for mark in (">>>", "::", "@", "{{")):
         return None
-    bare = ast.FunctionDef(
-        name=node.name, args=node.args, body=node.body[1:], decorator_list=[], returns=node.returns, type_comment=None, type_params=[]
-    )
-    code = ast.unparse(ast.fix_missing_locations(bare))
+    node.body = node.body[1:]
+    code = ast.unparse(node)
     if len(code) > MAX_SOURCE_CHARACTERS or not code.isascii():
         return None
     signature = f"{node.name}({ast.unparse(node.args)})"

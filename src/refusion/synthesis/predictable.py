@@ -129,9 +129,7 @@ def sort_words(r: random.Random) -> Draft:
 
 def to_json(r: random.Random) -> Draft:
     count = r.randint(1, 3)
-    people = [
-        {"name": name, "age": r.randint(18, 80), "job": r.choice(JOBS), "city": r.choice(CITIES)} for name in r.sample(NAMES, count)
-    ]
+    people = [{"name": name, "age": r.randint(18, 80), "job": r.choice(JOBS), "city": r.choice(CITIES)} for name in r.sample(NAMES, count)]
     said = " ".join(f"{x['name']} is a {x['age']}-year-old {x['job']} from {x['city']}." for x in people)
     query = f"Write as a JSON list with the keys name, age, job, city: {said}"
     return query, json.dumps(people, indent=2), {"type": "json", "answer": people}

@@ -197,9 +197,7 @@ class Sampler:
                     break
                 if num_finished > COMPACT_ABOVE * len(active):
                     keep = (~is_finished).nonzero().squeeze(-1)
-                    active, rows, padding, is_finished, bias, drawn = (
-                        x[keep] for x in (active, rows, padding, is_finished, bias, drawn)
-                    )
+                    active, rows, padding, is_finished, bias, drawn = (x[keep] for x in (active, rows, padding, is_finished, bias, drawn))
                     compact(cache, keep, column)
             bias[:, column] = 0
             hidden = self._decode(drawn, column - padding, column, cache, bias)

@@ -185,7 +185,7 @@ class SelfWriter:
 
     def _resumed(self) -> Progress:
         """The saved progress, or a new one; settings that differ from the saved ones are refused."""
-        settings: dict[str, object] = asdict(self.settings) | {"num_queries": None if self.queries is None else len(self.queries)}
+        settings: dict[str, object] = {**asdict(self.settings), "num_queries": None if self.queries is None else len(self.queries)}
         path = self.output / "state.json"
         if not path.exists():
             return Progress(settings)

@@ -1,0 +1,234 @@
+"""Write the tables of README.md and docs/*.md from the result files, or check that they are current.
+
+    python benchmarks/tables.py
+    python benchmarks/tables.py --check
+
+A table stands between `<!-- table:KIND FILE FILE="a title" -->` and `<!-- /table -->`. FILE is a result file's name without `.json`;
+every run of it becomes a row (a column in side-by-side). Kinds: chat, tasks, families, cpu, forward, fusion, side-by-side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refusion.errors import DataError, RefusionError
+from refusion.evaluation.results import read_result
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = re.compile(r"^<!-- table:(\S+)\s*(.*?)\s*-->$"), "<!-- /table -->"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A result file as a marker names it."""
+
+    stem: str
+    title: str | None
+    content: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One run of a result file with the title of its row."""
+
+    title: str
+    figures: dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write the tables of README.md and docs/*.md from the result files.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not what the result files say")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("files", nargs="*", type=Path, help="Markdown files; by default README.md and docs/*.md")
+    args = parser.parse_args()
+    stale = []
+    try:
+        for path in args.files or [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]:
+            text = path.read_text(encoding="utf-8")
+            fresh = with_tables(text, path, args.results)
+            if fresh != text:
+                stale.append(path)
+                if not args.check:
+                    path.write_text(fresh, encoding="utf-8")
+    except RefusionError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for path in stale:
+        print(f"{path}: {'stale; run python benchmarks/tables.py' if args.check else 'written'}", file=sys.stderr)
+    return 1 if args.check and stale else 0
+
+
+def with_tables(text: str, path: Path, results: Path) -> str:
+    """The Markdown text with every table written anew. Raises DataError for a bad marker or a missing result file."""
+    out: list[str] = []
+    lines = text.split("\n")
+    number = 0
+    while number < len(lines):
+        out.append(lines[number])
+        marker = BEGIN.match(lines[number])
+        if marker:
+            place = f"{path}:{number + 1}"
+            end = next((i for i in range(number + 1, len(lines)) if lines[i] == END or BEGIN.match(lines[i])), len(lines))
+            if end == len(lines) or lines[end] != END:
+                raise DataError(f"{place}: the table has no {END}")
+            out += ["", *table(marker[1], shlex.split(marker[2]), results, place), "", END]
+            number = end
+        number += 1
+    return "\n".join(out)
+
+
+def table(kind: str, names: Sequence[str], results: Path, place: str) -> list[str]:
+    """The lines of one table and, below it, where its figures come from."""
+    if kind not in KINDS:
+        raise DataError(f"{place}: unknown table {kind}; known are {', '.join(KINDS)}")
+    if not names:
+        raise DataError(f"{place}: the table names no result file")
+    sources = []
+    for name in names:
+        stem, _, title = name.partition("=")
+        sources.append(Source(stem, title or None, read_result(results / f"{stem}.json")))
+    return [*KINDS[kind](sources), "", *(provenance(source) for source in sources)]
+
+
+def chat(sources: Sequence[Source]) -> list[str]:
+    head = ["", "tokens per forward", "agreement", "base NLL", "tokens per answer", "repetitive answers"]
+    names = ["tokens_per_forward", "agreement", "base_nll", "mean_tokens", "repetitive_share"]
+    forms = [two, percent, three, whole, percent]
+    return rows(
+        head, [[line.title, *(form(line.figures.get(n)) for n, form in zip(names, forms, strict=True))] for line in lines_of(sources)]
+    )
+
+
+def tasks(sources: Sequence[Source]) -> list[str]:
+    head = ["", "right answers", "95 % interval", "tokens per forward", "tokens per answer"]
+    names = ["accuracy", "accuracy", "tokens_per_forward", "mean_tokens"]
+    forms = [percent, interval, two, whole]
+    return rows(
+        head, [[line.title, *(form(line.figures.get(n)) for n, form in zip(names, forms, strict=True))] for line in lines_of(sources)]
+    )
+
+
+def families(sources: Sequence[Source]) -> list[str]:
+    lines = lines_of(sources)
+    names = [name.removeprefix("accuracy_") for name in lines[0].figures if name.startswith("accuracy_")]
+    head = ["family", *(f"{line.title}: {what}" for line in lines for what in ("right", "tokens per forward"))]
+    body = []
+    for name in names:
+        cells = [(percent(x.figures.get(f"accuracy_{name}")), two(x.figures.get(f"tokens_per_forward_{name}"))) for x in lines]
+        body.append([name, *(cell for pair in cells for cell in pair)])
+    return rows(head, body)
+
+
+def cpu(sources: Sequence[Source]) -> list[str]:
+    head = ["", "chat: tokens/s", "tokens per forward", "tasks: tokens/s", "tokens per forward"]
+    names = ["tokens_per_second_chat", "tokens_per_forward_chat", "tokens_per_second_tasks", "tokens_per_forward_tasks"]
+    forms = [one, two, one, two]
+    chosen = [line for line in lines_of(sources) if names[0] in line.figures]
+    return rows(head, [[line.title, *(form(line.figures[n]) for n, form in zip(names, forms, strict=True))] for line in chosen])
+
+
+def forward(sources: Sequence[Source]) -> list[str]:
+    chosen = [line for line in lines_of(sources) if "forward_ms_1" in line.figures]
+    widths = [name.removeprefix("forward_ms_") for name in chosen[0].figures] if chosen else []
+    head = ["new tokens", *widths]
+    return rows(head, [["milliseconds", *(one(line.figures[f"forward_ms_{width}"]) for width in widths)] for line in chosen])
+
+
+def fusion(sources: Sequence[Source]) -> list[str]:
+    head = ["", "answers", "same tokens", "forwards, two-pass", "forwards, fused", "saved"]
+    names = ["num_answers", "same_tokens", "forwards_two_pass", "forwards_fused", "saved_share"]
+    forms = [whole, whole, whole, whole, percent]
+    return rows(
+        head, [[line.title, *(form(line.figures.get(n)) for n, form in zip(names, forms, strict=True))] for line in lines_of(sources)]
+    )
+
+
+def side_by_side(sources: Sequence[Source]) -> list[str]:
+    """Every figure, one column per run: for comparing trainings on the same data."""
+    lines = lines_of(sources)
+    names = dict.fromkeys(name for line in lines for name in line.figures)
+    return rows(
+        ["", *(line.title for line in lines)], [[f"`{name}`", *(plain(line.figures.get(name)) for line in lines)] for name in names]
+    )
+
+
+KINDS: dict[str, Callable[[Sequence[Source]], list[str]]] = {
+    "chat": chat, "tasks": tasks, "families": families, "cpu": cpu, "forward": forward, "fusion": fusion, "side-by-side": side_by_side,
+}  # fmt: skip
+
+
+def lines_of(sources: Sequence[Source]) -> list[Line]:
+    """All runs of all files; a file of one run goes by its title, the runs of others by their labels."""
+    found = []
+    for source in sources:
+        runs = source.content["runs"] or [{"label": source.stem, "figures": source.content["figures"]}]
+        for run in runs:
+            label = source.title if source.title and len(runs) == 1 else ": ".join(filter(None, [source.title, run["label"]]))
+            found.append(Line(label or source.stem, run["figures"]))
+    return found
+
+
+def provenance(source: Source) -> str:
+    content = source.content
+    found = content["machine"]
+    machine = found.get("gpu") or f"{found['cpu']}, {found['cores']} cores"
+    details = [machine, content["settings"].get("dtype"), f"torch {content['versions']['torch']}", content["date"][:10]]
+    return (
+        f"<sub>`{source.stem}.json`: `{content['command']}` ({', '.join(filter(None, details))}, commit {content['commit'][:10]})</sub>  "
+    )
+
+
+def rows(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    align = [":--", *["--:"] * (len(head) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, align, *body)]
+
+
+def value_of(figure: Any) -> float | None:
+    return figure["value"] if isinstance(figure, dict) else figure
+
+
+def shown(figure: Any, form: str, factor: float = 1.0) -> str:
+    value = value_of(figure)
+    return "–" if value is None else format(factor * value, form)
+
+
+def one(figure: Any) -> str:
+    return shown(figure, ".1f")
+
+
+def two(figure: Any) -> str:
+    return shown(figure, ".2f")
+
+
+def three(figure: Any) -> str:
+    return shown(figure, ".3f")
+
+
+def whole(figure: Any) -> str:
+    return shown(figure, ",.0f")
+
+
+def percent(figure: Any) -> str:
+    return shown(figure, ".1f", 100) + (" %" if value_of(figure) is not None else "")
+
+
+def plain(figure: Any) -> str:
+    return shown(figure, ".4g")
+
+
+def interval(figure: Any) -> str:
+    if not isinstance(figure, dict) or figure["low"] is None:
+        return "–"
+    return f"{100 * figure['low']:.1f}–{100 * figure['high']:.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

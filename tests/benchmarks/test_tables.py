@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refusion.evaluation.results import Result, Run, write_result
+from refusion.evaluation.statistics import Interval
+
+ROOT = Path(__file__).parents[2]
+
+
+def tables(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, ROOT / "benchmarks" / "tables.py", *map(str, args)], capture_output=True, text=True)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    figures = {"tokens_per_forward": Interval(2.1234, 2.0, 2.2), "agreement": Interval(0.8765, 0.86, 0.89), "base_nll": 1.25}
+    run = Run(label="refusion", settings={}, figures=figures)
+    write_result(tmp_path / "results" / "chat.json", Result(name="chat", settings={"dtype": "bfloat16"}, figures=figures, runs=[run]))
+    return tmp_path / "results"
+
+
+def test_a_table_is_written_checked_and_found_stale(tmp_path: Path, results: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text('before\n<!-- table:chat chat="our model" -->\nold\n<!-- /table -->\nafter\n')
+    assert tables("--check", "--results", results, page).returncode == 1
+    assert "old" in page.read_text()
+    assert tables("--results", results, page).returncode == 0
+    text = page.read_text()
+    assert "| our model | 2.12 | 87.6 % | 1.250 | – | – |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- /table -->\nafter\n")
+    assert tables("--check", "--results", results, page).returncode == 0
+    page.write_text(text.replace("2.12", "2.50"))
+    stale = tables("--check", "--results", results, page)
+    assert (stale.returncode, "stale" in stale.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("marker", "reason"),
+    [
+        ("<!-- table:chat chat -->\n", "has no <!-- /table -->"),
+        ("<!-- table:pie chat -->\n<!-- /table -->", "unknown table pie"),
+        ("<!-- table:chat absent -->\n<!-- /table -->", "absent.json"),
+        ("<!-- table:chat -->\n<!-- /table -->", "names no result file"),
+    ],
+)
+def test_bad_markers_are_named(tmp_path: Path, results: Path, marker: str, reason: str) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("text\n" + marker + "\n")
+    failed = tables("--results", results, page)
+    assert failed.returncode == 1
+    assert reason in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_every_table_of_the_repository_is_current() -> None:
+    checked = tables("--check")
+    assert checked.returncode == 0, checked.stderr
