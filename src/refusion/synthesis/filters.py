@@ -24,7 +24,7 @@ Reason = Literal[
 def repetition(token_ids: Sequence[int], n: int = 4) -> float:
     """Share of n-grams that occurred before in the same sequence, 0 for fewer than two n-grams."""
     grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
 def normalised(query: str) -> str:
