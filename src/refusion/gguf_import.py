@@ -101,7 +101,7 @@ def _config(reader: GGUFReader, mask_token: str) -> dict[str, Any]:
         "eos_token_id": _field(reader, "tokenizer.ggml.eos_token_id"),
         "pad_token_id": _field(reader, "tokenizer.ggml.padding_token_id"),
         "mask_token_id": _field(reader, "tokenizer.ggml.tokens").index(mask_token),
-        "head_dim": hidden_size // num_heads,
+        "head_dim": _field(reader, "llama.attention.key_length", default=hidden_size // num_heads),
         "hidden_act": "silu",
         "hidden_size": hidden_size,
         "initializer_range": hidden_size**-0.5,
@@ -152,10 +152,12 @@ def _write_tokenizer(reader: GGUFReader, target: Path) -> None:
     )
 
 
-def _field(reader: GGUFReader, key: str) -> Any:
+def _field(reader: GGUFReader, key: str, *, default: Any = None) -> Any:
     field = reader.get_field(key)
-    if field is None:
+    if field is None and default is None:
         raise CheckpointError(f"the GGUF file lacks the field {key}; download it again")
+    if field is None:
+        return default
     return field.contents()
 
 

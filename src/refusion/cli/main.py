@@ -73,8 +73,14 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     return app
 
 
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"refusion {__version__}")
+        raise typer.Exit
+
+
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)] = False,
 ) -> None:
     """ReFusion: language models that write slots of text in parallel.
 
@@ -83,9 +89,6 @@ def _root(
     refusion chat
     refusion models list
     """
-    if version:
-        typer.echo(f"refusion {__version__}")
-        raise typer.Exit
 
 
 def _load(target: str) -> Callable[..., None] | typer.Typer:
