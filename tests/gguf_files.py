@@ -19,9 +19,8 @@ def write_gguf(checkpoint: Path, tokenizer_dir: Path, target: Path, *, num_token
     config = json.loads((checkpoint / "config.json").read_text())
     settings = json.loads((tokenizer_dir / "tokenizer_config.json").read_text())
     vocabulary = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]["vocab"]
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)[: num_tokens - 1] + [
-        "ab"
-    ]  # GGUF knows no empty list of merges, so there is one
+    # GGUF knows no empty list of merges, so there is one, and its result.
+    tokens = [*sorted(vocabulary, key=vocabulary.__getitem__)[: num_tokens - 1], "ab"]
     writer = GGUFWriter(target, "llama")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])

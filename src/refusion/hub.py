@@ -144,6 +144,14 @@ def model_path(name: str) -> Path:
     return _path(_model(name).name)
 
 
+def gguf_sha256(name: str) -> str:
+    """Checksum of the file behind a base model; packed weights carry it to say what they change."""
+    model = _model(name)
+    if not isinstance(model, _Base):
+        raise CheckpointError(f"{name} is a tuned model; weights are packed against a base model")
+    return model.release.sha256
+
+
 def cache_dir() -> Path:
     """$REFUSION_HOME, or ~/.cache/refusion."""
     home = os.environ.get("REFUSION_HOME")

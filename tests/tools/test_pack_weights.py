@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import pack_weights
+
+from refusion.deltas import apply_deltas, load_packed
+
+
+@pytest.fixture
+def base(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(pack_weights.hub, "gguf_sha256", lambda name: "ab")
+    return tiny_model_dir
+
+
+def test_a_tuned_checkpoint_is_packed_with_its_settings(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(base, tmp_path / "tuned")
+    weights = load_file(base / "model.safetensors")
+    tuned = {name: weight + 0.01 * torch.randn_like(weight) for name, weight in weights.items()}
+    save_file(tuned, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "slots.json").write_text('{"slots": {"slot_size": 8}}')
+    arguments = ["--base", base, "--tuned", tmp_path / "tuned", "--settings", tmp_path / "slots.json", "--output", tmp_path / "packed"]
+    assert pack_weights.main([str(argument) for argument in [*arguments, "--bits", 4, "--embedding-bits", 2]]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["num_bytes"] == (tmp_path / "packed").stat().st_size
+    assert "lost share" in captured.err
+    packed = load_packed(tmp_path / "packed")
+    assert (packed.kind, packed.mask_token_id, packed.refusion) == ("deltas", 5, {"slots": {"slot_size": 8}})
+    assert packed.tensors["model.embed_tokens.weight.codes"].shape[-1] == 2
+    assert torch.equal(apply_deltas(weights, packed.tensors)["model.embed_tokens.weight"][5], tuned["model.embed_tokens.weight"][5])
+
+
+def test_an_adapter_is_packed_in_bfloat16(base: Path, tmp_path: Path) -> None:
+    module = "base_model.model.model.layers.0.mlp.up_proj"
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 8}')
+    save_file(
+        {f"{module}.lora_A.weight": torch.ones(4, 48), f"{module}.lora_B.weight": torch.ones(80, 4)}, tmp_path / "adapter_model.safetensors"
+    )
+    assert pack_weights.main(["--base", str(base), "--adapter", str(tmp_path), "--output", str(tmp_path / "packed")]) == 0
+    packed = load_packed(tmp_path / "packed")
+    assert (packed.kind, packed.lora_scale) == ("lora", 2.0)
+    assert {tensor.dtype for tensor in packed.tensors.values()} == {torch.bfloat16}
+    restored = apply_deltas(load_file(base / "model.safetensors"), packed.tensors, lora_scale=packed.lora_scale)
+    name = "model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(restored[name], load_file(base / "model.safetensors")[name] + 8.0)
+
+
+def test_a_missing_checkpoint_is_one_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack_weights.main(["--base", str(base), "--tuned", str(tmp_path), "--output", str(tmp_path / "packed")]) == 1
+    assert "is missing" in capsys.readouterr().err
