@@ -103,3 +103,7 @@ def _not_loaded() -> None:
 def _fail(message: str) -> NoReturn:
     print(f"refusion: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
