@@ -17,6 +17,14 @@ def test_a_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
 
 
+def test_files_get_the_users_usual_mode(tmp_path: Path) -> None:
+    usual = tmp_path / "usual"
+    usual.touch()
+    with atomic_directory(tmp_path / "model") as draft:
+        (draft / "file").touch(mode=0o600)
+    assert (tmp_path / "model" / "file").stat().st_mode == usual.stat().st_mode
+
+
 def test_a_failure_leaves_the_old_directory(tmp_path: Path) -> None:
     target = tmp_path / "model"
     with atomic_directory(target) as draft:

@@ -16,6 +16,9 @@ from safetensors import SafetensorError
 
 from refusion.errors import CheckpointError
 
+_UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(_UMASK)
+
 
 @contextmanager
 def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
@@ -33,6 +36,8 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         draft.mkdir(parents=True)
         try:
             yield draft
+            for file in draft.rglob("*"):
+                _use_default_mode(file)
             _swap_in(draft, target)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -47,9 +52,16 @@ def atomic_file(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield draft
+            _use_default_mode(draft)
             os.replace(draft, target)
         finally:
             draft.unlink(missing_ok=True)
+
+
+def _use_default_mode(path: Path) -> None:
+    """safetensors writes files that only their owner may read; ours are like any other file of the user."""
+    if path.is_file():
+        path.chmod(0o666 & ~_UMASK)
 
 
 def _swap_in(draft: Path, target: Path) -> None:
