@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m", help="model whose argmax counts as right")
     parser.add_argument("--score-batch-size", type=int, default=8, help="answers scored together")
     args = parser.parse_args()
-    data = args.data or harness.shared("data", "smollm2_selfwritten", "heldout.jsonl.gz")
+    data = args.data or harness.chat_prompts()
     rows = harness.rows_of(data, args.rows, args.limit)
 
     llm = LLM.from_pretrained(args.model, device=args.device, dtype=args.dtype)
@@ -61,4 +61,4 @@ def figures(llm: LLM, base: LLM, outcome: harness.Outcome, batch_size: int) -> d
 
 
 if __name__ == "__main__":
-    main()
+    harness.script(main)

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -23,6 +24,7 @@ from refusion.evaluation.results import Figure, Run, to_plain
 from refusion.evaluation.statistics import Interval
 from refusion.llm import RequestOutput
 from refusion.model.segments import Segments
+from refusion.synthesis.predictable import HELD_OUT_SEED, make
 
 WIDTHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 NUM_CACHED = 256
@@ -42,6 +44,7 @@ def main() -> None:
     parser = harness.parser("Tokens per second at batch 1, contenders taking turns.", output="cpu.json", max_tokens=128)
     parser.add_argument("--base", default="smollm2-135m", help="the autoregressive model to beat")
     parser.add_argument("--num-prompts", type=int, default=12, help="of the chat and of the task prompts each")
+    parser.add_argument("--data", type=Path, default=None, help="chat rows with `query`; by default the shared held-out ones")
     parser.add_argument("--threads", type=int, default=None, help="by default what torch chooses")
     parser.add_argument("--repeats", type=int, default=15, help="timed forwards per width")
     args = parser.parse_args()
@@ -56,7 +59,8 @@ def main() -> None:
         Contender("autoregressive_base", base, "autoregressive"),
         Contender("autoregressive_same", llm, "autoregressive"),
     ]
-    take_turns(contenders, prompts_of(args.limit or args.num_prompts), setting, args.max_tokens)
+    data = args.data or harness.chat_prompts()
+    take_turns(contenders, prompts_of(data, args.limit or args.num_prompts), setting, args.max_tokens)
 
     runs = [Run(label=c.name, settings={"decoder": c.decoder, "model": c.llm.path.name}, figures=figures(c)) for c in contenders]
     runs.append(Run(label="forward", settings={"cached_tokens": NUM_CACHED}, figures=forward_times(llm, args.repeats)))
@@ -66,10 +70,10 @@ def main() -> None:
     harness.finish(args, "cpu", llm, runs, base=args.base, slots=slots, num_prompts=args.limit or args.num_prompts)
 
 
-def prompts_of(count: int) -> list[tuple[str, Any]]:
+def prompts_of(chat_data: Path, count: int) -> list[tuple[str, Any]]:
     """(kind, prompt) of `count` chat and `count` task prompts, alternating."""
-    chats = harness.rows_of(harness.shared("data", "smollm2_selfwritten", "heldout.jsonl.gz"), limit=count)
-    tasks = harness.rows_of(harness.shared("tasks", "heldout.jsonl"), limit=count)
+    chats = harness.rows_of(chat_data, limit=count)
+    tasks = make(HELD_OUT_SEED, count)
     return [pair for chat, task in zip(chats, tasks, strict=True) for pair in (("chat", chat), ("tasks", task))]
 
 
@@ -105,11 +109,12 @@ def forward_times(llm: LLM, repeats: int) -> dict[str, Figure]:
     """Median milliseconds of one forward, head included, by number of new tokens."""
     model = llm.model
     found: dict[str, Figure] = {}
+    token_ids = torch.arange(NUM_CACHED + max(WIDTHS), device=model.device)[None] % llm.config.vocab_size
     for width in WIDTHS:
         cache = model.new_cache(1, NUM_CACHED + width)
         places = torch.arange(NUM_CACHED, device=model.device)[None]
         everything = torch.ones_like(places, dtype=torch.bool)
-        model(places + 20, places, Segments.causal(everything), cache)
+        model(token_ids[:, :NUM_CACHED], places, Segments.causal(everything), cache)
         cache.keep(places, everything)
         new = torch.arange(width, device=model.device)[None]
         seconds = []
@@ -117,11 +122,13 @@ def forward_times(llm: LLM, repeats: int) -> dict[str, Figure]:
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             started = time.perf_counter()
-            model.lm_head(model(new + 20, new + NUM_CACHED, Segments.causal(torch.ones_like(new).bool()), cache)).argmax(-1).tolist()
+            model.lm_head(
+                model(token_ids[:, NUM_CACHED : NUM_CACHED + width], new + NUM_CACHED, Segments.causal(torch.ones_like(new).bool()), cache)
+            ).argmax(-1).tolist()
             seconds.append(time.perf_counter() - started)
         found[f"forward_ms_{width}"] = 1000 * statistics.median(seconds[2:])
     return found
 
 
 if __name__ == "__main__":
-    main()
+    harness.script(main)

@@ -12,6 +12,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -20,22 +21,24 @@ from refusion import LLM, SamplingParams, SlotParams
 from refusion.evaluation.results import Run
 from refusion.llm import RequestOutput
 
+GOLDEN = harness.ROOT / "tests" / "golden"
 TWO_PASS = {"fuse_plan": False, "max_candidates": 0}
 
 
 def main() -> None:
     parser = harness.parser("Forwards of fused and of two-pass decoding.", output="fusion.json")
+    parser.add_argument("--data", type=Path, default=None, help="chat rows with `query`; by default the shared held-out ones")
     parser.add_argument("--rows", default="0:256", help="rows FIRST:LAST of the held-out chat prompts")
     parser.add_argument("--golden-only", action="store_true", help="leave the model and the chat prompts out")
     args = parser.parse_args()
 
-    tiny = LLM.from_pretrained(harness.shared("golden", "tiny-refusion"), device=args.device, dtype="float32")
+    tiny = LLM.from_pretrained(GOLDEN / "tiny-refusion", device=args.device, dtype="float32")
     runs = [golden_run(tiny, name, args.limit) for name in ("decode", "decode_infill")]
     if args.golden_only:
         harness.finish(args, "fusion", tiny, runs)
         return
     llm = LLM.from_pretrained(args.model, device=args.device, dtype=args.dtype or "float32")
-    rows = harness.rows_of(harness.shared("data", "smollm2_selfwritten", "heldout.jsonl.gz"), args.rows, args.limit)
+    rows = harness.rows_of(args.data or harness.chat_prompts(), args.rows, args.limit)
     prompts = [harness.chat(row["query"]) for row in rows]
     for setting in harness.settings(args):
         runs.append(chat_run(llm, setting, prompts, args.max_tokens, args.batch_size))
@@ -44,7 +47,7 @@ def main() -> None:
 
 def golden_run(llm: LLM, name: str, limit: int | None) -> Run:
     """All clean traces of one golden file, each with the settings it was recorded with."""
-    traces = [trace for trace in json.loads(harness.shared("golden", f"{name}.json").read_text()) if trace.get("clean", True)][:limit]
+    traces = [trace for trace in json.loads((GOLDEN / f"{name}.json").read_text()) if trace.get("clean", True)][:limit]
     fused: list[RequestOutput] = []
     plain: list[RequestOutput] = []
     for (gen_length, slots), group in grouped(traces):
@@ -95,4 +98,4 @@ def run_of(label: str, settings: dict[str, Any], fused: list[RequestOutput], pla
 
 
 if __name__ == "__main__":
-    main()
+    harness.script(main)

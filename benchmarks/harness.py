@@ -12,13 +12,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from refusion import LLM, SamplingParams, SlotParams
-from refusion.errors import ConfigError, DataError
+from refusion.errors import ConfigError, DataError, RefusionError
 from refusion.evaluation.results import Figure, Result, Run, to_plain, write_result
 from refusion.llm import RequestOutput
 from refusion.synthesis.jsonl import read_rows
@@ -68,6 +68,16 @@ def parser(description: str, *, output: str, max_tokens: int = 256) -> argparse.
     slots.add_argument("--acceptance", choices=["paper", "argmax"])
     slots.add_argument("--two-pass", action="store_true", help="no fused rounds, no fused infill")
     return made
+
+
+def script(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main`; what a user can mend comes out as one line with exit code 1."""
+    try:
+        main()
+    except RefusionError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
 
 
 def settings(args: argparse.Namespace) -> list[Setting]:
@@ -155,16 +165,25 @@ def shared(*parts: str) -> Path:
     return Path(os.environ.get("REFUSION_SHARED") or ROOT.parent / "shared", *parts)
 
 
+def chat_prompts() -> Path:
+    """The held-out self-written pairs."""
+    return shared("data", "smollm2_selfwritten", "heldout.jsonl.gz")
+
+
 def rows_of(path: Path, rows: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
     """Rows FIRST:LAST of a JSONL file, at most `limit`. Raises DataError."""
-    found = [row for _, row in read_rows(path)]
+    return select([row for _, row in read_rows(path)], rows, limit)
+
+
+def select(found: Sequence[Any], rows: str | None, limit: int | None) -> list[Any]:
+    """Elements FIRST:LAST, at most `limit`. Raises DataError for another notation."""
     if rows is not None:
         first, _, last = rows.partition(":")
         try:
             found = found[int(first or 0) : int(last) if last else None]
         except ValueError as error:
             raise DataError(f"--rows is {rows!r}; write it as FIRST:LAST") from error
-    return found[:limit]
+    return list(found[:limit])
 
 
 def chat(query: str) -> list[dict[str, str]]:

@@ -67,4 +67,4 @@ def save(path: Path, rows: Iterable[Any], held_out: set[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.script(main)

@@ -18,23 +18,36 @@ from refusion import LLM
 from refusion.evaluation.results import Figure
 from refusion.evaluation.sandbox import run_many
 from refusion.evaluation.statistics import forward_stats, wilson
-from refusion.synthesis.predictable import check, code_block
+from refusion.synthesis.predictable import HELD_OUT_SEED, check, code_block, make
+
+NUM_HELD_OUT = 2100
 
 
 def main() -> None:
     parser = harness.parser("Right answers and tokens per forward on predictable tasks.", output="tasks.json", max_tokens=320)
-    parser.add_argument("--data", type=Path, default=None, help="rows as predictable.make writes them; by default the held-out ones")
+    parser.add_argument("--data", type=Path, default=None, help="JSONL rows; by default the 2,100 of the held-out seed")
     parser.add_argument("--rows", default=None, help="rows FIRST:LAST of the file")
     args = parser.parse_args()
-    data = args.data or harness.shared("tasks", "heldout.jsonl")
-    rows = harness.rows_of(data, args.rows, args.limit)
+    rows = (
+        harness.select(make(HELD_OUT_SEED, NUM_HELD_OUT), args.rows, args.limit)
+        if args.data is None
+        else harness.rows_of(args.data, args.rows, args.limit)
+    )
 
     llm = LLM.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     runs = []
     for outcome in harness.outcomes(llm, [harness.chat(row["query"]) for row in rows], args):
         runs.append(harness.run_of(llm, outcome.setting, figures(llm, rows, outcome)))
         harness.save_texts(args, outcome.setting, rows, outcome.outputs)
-    harness.finish(args, "tasks", llm, runs, data=data, rows=args.rows, num_prompts=len(rows))
+    harness.finish(
+        args,
+        "tasks",
+        llm,
+        runs,
+        data=args.data or f"predictable.make({HELD_OUT_SEED}, {NUM_HELD_OUT})",
+        rows=args.rows,
+        num_prompts=len(rows),
+    )
 
 
 def figures(llm: LLM, rows: Sequence[dict[str, Any]], outcome: harness.Outcome) -> dict[str, Figure]:
@@ -65,4 +78,4 @@ def judge(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[bool]:
 
 
 if __name__ == "__main__":
-    main()
+    harness.script(main)

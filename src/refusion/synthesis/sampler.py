@@ -91,6 +91,8 @@ class Sampler:
 
     def __init__(self, path: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
         self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("no CUDA device is available to this torch; use the device cpu")
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         config = json.loads((Path(path) / "config.json").read_text())
         if config.get("model_type") not in ("llama", "qwen3"):

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from refusion.evaluation.results import read_result
+from refusion.synthesis.jsonl import write_rows
+from refusion.synthesis.predictable import make
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a benchmark script in this process: exit code, standard output, standard error."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run(name: str, *args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def chat_data(tmp_path: Path) -> Path:
+    path = tmp_path / "chat.jsonl.gz"
+    write_rows(path, [{"query": f"question {i}", "response": "x"} for i in range(4)])
+    return path
+
+
+def test_chat_writes_one_run_per_setting_with_its_slots_printed_whole(
+    run: Run, tmp_path: Path, chat_data: Path, tiny_model_dir: Path
+) -> None:
+    sweep = tmp_path / "sweep.json"
+    sweep.write_text(
+        json.dumps([{"decoder": "autoregressive"}, {"slot_size": 4, "block_size": 8, "acceptance": "argmax", "label": "narrow"}])
+    )
+    output, texts = tmp_path / "chat.json", tmp_path / "texts.jsonl"
+    options = ["--dtype", "float32", "--data", chat_data, "--rows", "1:4", "--max-tokens", 12, "--sweep", sweep]
+    code, out, err = run("chat", "--model", tiny_model_dir, "--base", tiny_model_dir, *options, "--output", output, "--save-texts", texts)
+    assert code == 0, err
+    content = read_result(output)
+    greedy, narrow = content["runs"]
+    assert greedy["figures"]["agreement"]["value"] == 1.0  # the model is its own base
+    assert greedy["figures"]["tokens_per_forward"]["value"] == 1.0
+    assert narrow["label"] == "narrow"
+    assert narrow["settings"]["slots"]["slot_size"] == 4
+    assert narrow["settings"]["slots"]["slot_threshold"] is not None
+    assert content["settings"]["num_prompts"] == 3
+    assert len(out.splitlines()) == 2
+    assert len(texts.read_text().splitlines()) == 6
+
+
+def test_tasks_count_right_answers_per_family(run: Run, tmp_path: Path, tiny_model_dir: Path) -> None:
+    output = tmp_path / "tasks.json"
+    options = ["--dtype", "float32", "--max-tokens", 8, "--limit", 7, "--slot-size", 4, "--token-threshold", 0.2]
+    code, _out, err = run("tasks", "--model", tiny_model_dir, *options, "--output", output)
+    assert code == 0, err
+    content = read_result(output)
+    assert content["figures"]["accuracy"]["value"] == 0.0
+    assert {name for name in content["figures"] if name.startswith("accuracy_")} >= {"accuracy_addition", "accuracy_function"}
+    assert content["settings"]["slots"]["token_threshold"] == 0.2
+
+
+def test_answers_are_judged_by_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    judge = runpy.run_path(str(BENCHMARKS / "tasks.py"))["judge"]
+    rows = make(9, 14)
+    assert judge(rows, [row["response"] for row in rows]) == [True] * 14
+    assert judge(rows, ["```python\ndef f(): pass\n```"] * 14) == [False] * 14
+
+
+def test_batch_one_speed_and_forward_times(run: Run, tmp_path: Path, chat_data: Path, tiny_model_dir: Path) -> None:
+    output = tmp_path / "cpu.json"
+    options = ["--num-prompts", 2, "--max-tokens", 8, "--repeats", 1, "--threads", 1, "--data", chat_data]
+    code, _out, err = run("cpu", "--model", tiny_model_dir, "--base", tiny_model_dir, *options, "--output", output)
+    assert code == 0, err
+    labels = [item["label"] for item in read_result(output)["runs"]]
+    assert labels == ["refusion", "autoregressive_base", "autoregressive_same", "forward"]
+
+
+def test_fusion_keeps_every_golden_token(run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "fusion.json"
+    code, _out, err = run("fusion", "--golden-only", "--limit", 6, "--output", output)
+    assert code == 0, err
+    for item in read_result(output)["runs"]:
+        found = item["figures"]
+        assert found["same_tokens"] == found["num_answers"] == 6
+        assert found["forwards_fused"] < found["forwards_two_pass"]
+
+
+@pytest.mark.parametrize("name", ["chat", "tasks", "cpu", "fusion", "prepare_data", "tables"])
+def test_every_script_has_help(run: Run, name: str) -> None:
+    code, out, _err = run(name, "--help")
+    assert code == 0
+    assert "--" in out
+
+
+def test_unknown_settings_of_a_sweep_are_named(run: Run, tmp_path: Path, chat_data: Path, tiny_model_dir: Path) -> None:
+    sweep = tmp_path / "sweep.json"
+    sweep.write_text('[{"slotsize": 4}]')
+    code, _out, err = run(
+        "chat", "--model", tiny_model_dir, "--base", tiny_model_dir, "--data", chat_data, "--sweep", sweep, "--output", tmp_path / "o.json"
+    )
+    assert code == 1
+    assert "slotsize" in err
+    assert err.count("\n") == 1
