@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -12,9 +11,6 @@ import pytest
 from refusion.evaluation.sandbox import run_many
 from refusion.synthesis.predictable import HELD_OUT_SEED, check, code_block, make, make_training_rows
 
-SHARED = Path(os.environ.get("REFUSION_SHARED") or Path(__file__).parents[3] / "shared")
-HELD_OUT = SHARED / "tasks" / "heldout.jsonl"
-
 
 def test_rows_are_fixed_by_the_seed() -> None:
     assert make(5, 70) == make(5, 70)
@@ -24,9 +20,8 @@ def test_rows_are_fixed_by_the_seed() -> None:
     assert first["query"] == "Add 11574 and 18851 digit by digit, from the right."  # what the fixed yardstick begins with
 
 
-@pytest.mark.skipif(not HELD_OUT.exists(), reason="the shared held-out rows are not here")
-def test_the_held_out_rows_are_those_of_their_seed() -> None:
-    rows = [json.loads(line) for line in HELD_OUT.read_text().splitlines()]
+def test_the_held_out_rows_are_those_of_their_seed(shared_dir: Path) -> None:
+    rows = [json.loads(line) for line in (shared_dir / "tasks" / "heldout.jsonl").read_text().splitlines()]
     assert make(HELD_OUT_SEED, 2100) == rows
 
 

@@ -7,8 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from refusion.errors import CheckpointError, ConfigError
+from refusion.model.transformer import Transformer
 from refusion.synthesis import sampler as sampler_module
 from refusion.synthesis.sampler import Sampler, Sampling, draw, uniform
+from refusion.tokenizer import Tokenizer
 
 EOS = 3
 
@@ -44,6 +46,31 @@ def test_greedy_tokens_equal_those_of_transformers(checkpoint: Path) -> None:
     out = Sampler(checkpoint).sample(rows, Sampling(max_length=80), eos_token_ids=[EOS], batch_size=5)
     assert out == [reference(checkpoint, row, 80) for row in rows]
     assert any(tokens[-1] == EOS for tokens in out), "no row ends: the test would not see the EOS rule"
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3-untied"])
+def test_qwen3_layouts_are_read_too(tiny_checkpoints: dict[str, Path], kind: str) -> None:
+    model = Transformer.from_pretrained(tiny_checkpoints[kind])
+    rows = prompts(3)
+    out = Sampler(tiny_checkpoints[kind]).sample(rows, Sampling(max_length=40), eos_token_ids=[])
+    for row, tokens in zip(rows, out, strict=True):
+        logits = model.logits(torch.tensor([row + tokens]))[0, len(row) - 1 : -1]
+        assert logits.argmax(-1).tolist() == tokens
+
+
+def test_the_base_model_continues_a_batch_greedily(base_model_dir: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(base_model_dir)
+    rows = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in ("Why is the sky blue?", "Name three colours.")]
+    out = Sampler(base_model_dir).sample(rows, Sampling(max_length=512, max_new_tokens=6), eos_token_ids=tokenizer.eos_token_ids)
+    model = Transformer.from_pretrained(base_model_dir)
+    for row, tokens in zip(rows, out, strict=True):
+        logits = model.logits(torch.tensor([row + tokens]))[0, len(row) - 1 : -1]
+        assert logits.argmax(-1).tolist() == tokens
+
+
+def test_scaled_rotary_positions_are_refused(tiny_checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(CheckpointError, match="rope scaling llama3"):
+        Sampler(tiny_checkpoints["llama3"])
 
 
 def test_compaction_changes_no_token(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ class ScriptedSampler:
 
 
 def writer(output: Path, sampler: ScriptedSampler, **options: object) -> SelfWriter:
-    return SelfWriter(sampler, LetterTokenizer(), output, SynthesisSettings(), **options)  # type: ignore[arg-type]
+    return SelfWriter(sampler, LetterTokenizer(), output, SynthesisSettings(), **({"batch_size": 4096} | options))  # type: ignore[arg-type]
 
 
 QUERIES = {1: "What is rain?", 2: "what is RAIN", 3: "endless...", 4: "kept aside", 5: "say <end>", 6: "!?"}
@@ -105,7 +105,7 @@ def test_given_queries_are_answered_in_order(tmp_path: Path) -> None:
 def test_other_settings_in_a_begun_directory_are_refused(tmp_path: Path) -> None:
     writer(tmp_path, ScriptedSampler({}, {})).write(3)
     with pytest.raises(ConfigError, match="seed"):
-        SelfWriter(ScriptedSampler({}, {}), LetterTokenizer(), tmp_path, SynthesisSettings(seed=4))  # type: ignore[arg-type]
+        SelfWriter(ScriptedSampler({}, {}), LetterTokenizer(), tmp_path, SynthesisSettings(seed=4), batch_size=8)  # type: ignore[arg-type]
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(DataError, match=r"state\.json"):
         writer(tmp_path, ScriptedSampler({}, {}))

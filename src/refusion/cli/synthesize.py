@@ -20,7 +20,9 @@ def command(
     top_k: Annotated[int, typer.Option(help="Most probable tokens the nucleus is taken from.")] = 64,
     max_length: Annotated[int, typer.Option(help="Tokens of template, query and answer together.")] = 512,
     max_query_tokens: Annotated[int, typer.Option(help="Tokens of a self-written user turn.")] = 80,
-    batch_size: Annotated[int, typer.Option(help="Sequences sampled together; fewer if memory is short.")] = 4096,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences sampled together: by default 4096 on cuda, if they fit, else 32.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; by default bfloat16 on cuda.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed writes the same rows.")] = 0,
@@ -61,8 +63,9 @@ def command(
             err=True,
         )
 
+    size = batch_size if batch_size is not None else 4096 if sampler.device.type == "cuda" else 32
     writer = SelfWriter(
-        sampler, Tokenizer.from_pretrained(path), output, settings, batch_size=batch_size, queries=asked, held_out=held_out, on_batch=report
+        sampler, Tokenizer.from_pretrained(path), output, settings, batch_size=size, queries=asked, held_out=held_out, on_batch=report
     )
     try:
         progress = writer.write(num_pairs)

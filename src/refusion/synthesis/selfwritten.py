@@ -70,7 +70,7 @@ class SelfWriter:
     """Writes pairs into `output`; calling `write` again in the same directory goes on where the last finished shard ended."""
 
     def __init__(
-        self, sampler: Sampler, tokenizer: Tokenizer, output: Path, settings: SynthesisSettings, *, batch_size: int = 4096,
+        self, sampler: Sampler, tokenizer: Tokenizer, output: Path, settings: SynthesisSettings, *, batch_size: int,
         queries: Sequence[str] | None = None, held_out: Iterable[str] = (), on_batch: Callable[[Progress], None] | None = None,
     ) -> None:  # fmt: skip
         if batch_size < 1:
