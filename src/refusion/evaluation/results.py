@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from refusion import __version__
 from refusion.atomic import atomic_file
 from refusion.errors import DataError
 from refusion.evaluation.statistics import Interval
@@ -106,8 +107,8 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "refusion"):
+    found = {"python": platform.python_version(), "refusion": __version__}
+    for name in ("torch", "transformers"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
