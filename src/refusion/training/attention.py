@@ -52,7 +52,12 @@ def flex_attention_forward(
     """
     attend = flex_attention if torch.compiler.is_compiling() or query.device.type == "cpu" else _compiled_flex_attention()
     output = attend(
-        query.to(value.dtype), key.to(value.dtype), value, block_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        query.to(value.dtype),
+        key.to(value.dtype),
+        value,
+        block_mask=attention_mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(output, Tensor), type(output)
     return output.transpose(1, 2).contiguous(), None

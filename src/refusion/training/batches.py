@@ -174,7 +174,11 @@ def make_schedule(corruption: Corruption, *, rows_per_step: int, max_steps: int,
     if target is None:
         target = first_rows[-1] - int((math.ceil(epochs) - epochs) * plans[-1].num_rows)
     return Schedule(
-        corruption=corruption, rows_per_step=rows_per_step, num_steps=max(1, math.ceil(target / rows_per_step)), plans=plans, first_rows=first_rows
+        corruption=corruption,
+        rows_per_step=rows_per_step,
+        num_steps=max(1, math.ceil(target / rows_per_step)),
+        plans=plans,
+        first_rows=first_rows,
     )
 
 
@@ -182,7 +186,14 @@ class PackedBatches(IterableDataset):  # pyright: ignore[reportMissingTypeArgume
     """Yields this process's micro-batches, ready packed, from optimizer step `start_step` on."""
 
     def __init__(
-        self, schedule: Schedule, *, start_step: int = 0, accumulation: int = 1, process: int = 0, num_processes: int = 1, chunk_size: int = 4096
+        self,
+        schedule: Schedule,
+        *,
+        start_step: int = 0,
+        accumulation: int = 1,
+        process: int = 0,
+        num_processes: int = 1,
+        chunk_size: int = 4096,
     ) -> None:
         self.schedule = schedule
         self.start_step = start_step
@@ -207,7 +218,9 @@ class PackedBatches(IterableDataset):  # pyright: ignore[reportMissingTypeArgume
         originals = None
         if corruption.objective.distill > 0:
             originals = [[np.concatenate(corruption.examples.pair(int(i) % len(corruption.examples))) for i in ids] for _, ids in rows]
-        return pack_batch(documents, corruption.pack_length, pad_id=corruption.mask_token_id, originals=originals, chunk_size=self.chunk_size)
+        return pack_batch(
+            documents, corruption.pack_length, pad_id=corruption.mask_token_id, originals=originals, chunk_size=self.chunk_size
+        )
 
 
 def pack_batch(
@@ -259,7 +272,7 @@ def pack_batch(
             num_groups += int(document.group.max())
             begin = span.stop
         num_tokens += begin
-    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
     batch |= _targets(arrays, target_teacher if originals is not None else None, chunk_size)
     if originals is not None:
         batch |= teacher.tensors(len(rows))
@@ -280,7 +293,7 @@ def _targets(arrays: dict[str, np.ndarray], teacher: np.ndarray | None, chunk_si
     def padded(values: np.ndarray, fill: int) -> Tensor:
         return torch.from_numpy(np.concatenate([values, np.full(padding, fill, dtype=values.dtype)]))
 
-    targets = {
+    targets: Batch = {
         "target_index": padded(index, 0),
         "target_labels": padded(arrays["labels"].reshape(-1)[index], 0),
         "target_weights": padded(arrays["weights"].reshape(-1)[index], 0),
@@ -303,13 +316,12 @@ class _TeacherRows:
 
     def add(self, text: IntArray) -> int:
         """Place a document; returns its offset in the flattened rows."""
-        for row, used in enumerate(self.used):
-            if used + len(text) <= self.pack_length:
-                break
-        else:
-            row, used = len(self.rows), 0
+        fitting = (r for r, used in enumerate(self.used) if used + len(text) <= self.pack_length)
+        row = next(fitting, len(self.rows))
+        if row == len(self.rows):
             self.rows.append([])
             self.used.append(0)
+        used = self.used[row]
         self.rows[row].append(text)
         self.used[row] += len(text)
         return row * self.pack_length + used
@@ -340,4 +352,3 @@ def _copies(corruption: Corruption, epoch: int) -> IntArray:
     base = np.repeat(np.arange(count), copies)
     ordinal = np.arange(len(base)) - np.repeat(np.cumsum(copies) - copies, copies)
     return base + ordinal * count
-

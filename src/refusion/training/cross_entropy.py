@@ -35,13 +35,19 @@ def linear_cross_entropy(
     (1 - distill) * CE(label) + distill * CE(teacher's softmax).
     """
     settings = (chunk_size, dtype or hidden.dtype, only_row, compiled)
-    teacher = None if teacher_hidden is None else (teacher_hidden, teacher_weight, distill)
+    teacher = None
+    if teacher_hidden is not None:
+        assert teacher_weight is not None, "a teacher has hidden states and a head"
+        assert distill is not None, "a teacher has shares"
+        teacher = (teacher_hidden, teacher_weight, distill)
     return _LinearCrossEntropy.apply(hidden, weight, labels, scales, teacher, settings)  # pyright: ignore[reportReturnType]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scales: Tensor, teacher: Any, settings: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scales: Tensor, teacher: Any, settings: Any
+    ) -> tuple[Tensor, Tensor]:
         chunk_size, dtype, only_row, compiled = settings
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.detach().to(dtype)
@@ -49,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             run = _compiled_chunk() if compiled else _chunk
-            teacher_head = None if teacher is None else teacher[1].to(dtype)
+            teacher_head: Any = None if teacher is None else teacher[1].to(dtype)
             for begin in range(0, len(labels), chunk_size):
                 span = slice(begin, begin + chunk_size)
                 inputs = hidden[span].to(dtype)
@@ -82,7 +88,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _chunk(inputs: Tensor, head: Tensor, labels: Tensor, scales: Tensor, soft: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def _chunk(
+    inputs: Tensor, head: Tensor, labels: Tensor, scales: Tensor, soft: tuple[Tensor, Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
     """Losses [C] of one chunk, and the gradient of sum(scales * loss) by the logits [C, V] in the inputs' type."""
     logits = (inputs @ head.T).float()
     log_normaliser = logits.logsumexp(-1)

@@ -129,7 +129,9 @@ def load_examples(
     excluded = frozenset(query for path in settings.exclude for query in _queries(path))
     parts: list[_Tokenised] = []
     for source in settings.sources:
-        encoder = RowEncoder(tokenizer=tokenizer, mask_token_id=mask_token_id, vocab_size=vocab_size, source=source, excluded_queries=excluded)
+        encoder = RowEncoder(
+            tokenizer=tokenizer, mask_token_id=mask_token_id, vocab_size=vocab_size, source=source, excluded_queries=excluded
+        )
         tokenised = _tokenise(_numbered_lines(source), encoder)
         for message in tokenised.errors[: settings.max_skipped]:
             report(f"skipped: {message}")

@@ -317,7 +317,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     assert not isinstance(kind, types.UnionType), kind
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind is str and not isinstance(value, str) or type(value) is not kind:
+    if type(value) is not kind:
         raise ConfigError(f"{name} = {value!r} must be of type {kind.__name__}")
     return value
 

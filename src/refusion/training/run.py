@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from refusion import hub
@@ -28,6 +28,7 @@ from refusion.training.objectives import LossSettings, bind_objective, inner_cau
 from refusion.training.recipe import MethodSettings, ModelSettings, Recipe, changed_settings
 from refusion.training.trainer import ProgressLine, RefusionTrainer, TimeLimit, checkpoints
 
+TOY_MASK_ID = 2
 _COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -130,7 +131,7 @@ def load_base(settings: ModelSettings) -> BaseModel:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = LlamaForCausalLM(config)
-        return BaseModel(model=model, path=None, tokenizer=None, mask_token_id=config.mask_token_id)
+        return BaseModel(model=model, path=None, tokenizer=None, mask_token_id=TOY_MASK_ID)
     path = hub.resolve(settings.base)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
     tokenizer = Tokenizer.from_pretrained(path) if (path / "tokenizer.json").exists() else None
@@ -152,7 +153,6 @@ def toy_config() -> LlamaConfig:
         eos_token_id=1,
         bos_token_id=3,
         tie_word_embeddings=True,
-        mask_token_id=2,
     )
 
 
@@ -190,7 +190,7 @@ def build_trainer(
         callbacks.append(TimeLimit(recipe.run.time_limit_minutes))
     if recipe.run.tensorboard and arguments.process_index == 0:
         from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
+        from transformers.integrations.integration_utils import TensorBoardCallback
 
         callbacks.append(TensorBoardCallback(SummaryWriter(log_dir=str(run_dir / "tensorboard"))))
     trainer = RefusionTrainer(model=model, args=arguments, batches=batches, frozen_parameters=frozen, callbacks=callbacks)
@@ -239,7 +239,7 @@ def save_final_model(model: Any, base: BaseModel, recipe: Recipe, run_dir: Path)
     block = dict(getattr(config, "refusion", None) or {})
     block["training"] = {"base": recipe.model.base, "objective": recipe.to_table()["objective"], "method": recipe.method.name}
     config.refusion = block
-    config._attn_implementation = "sdpa"
+    config.use_cache = True  # the Trainer switches it off for training
     model.to(device="cpu", dtype=getattr(torch, recipe.run.final_dtype))
     with atomic_directory(run_dir / "final", replace=True) as draft:
         model.save_pretrained(draft)
@@ -256,9 +256,12 @@ def _prepare_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> Path | None
     if found and not resume:
         raise ConfigError(f"{run_dir} holds an unfinished run ({found[-1].name}); use --resume to go on, or another --output")
     if found and recipe_file.exists():
-        changed = [name for name in changed_settings(json.loads(recipe_file.read_text(encoding="utf-8")), table) if name not in _FREE_TO_CHANGE]
+        changed = changed_settings(json.loads(recipe_file.read_text(encoding="utf-8")), table)
+        changed = [name for name in changed if name not in _FREE_TO_CHANGE]
         if changed:
-            raise ConfigError(f"cannot resume {run_dir}: the recipe has changed in {', '.join(changed)}; restore it or use another --output")
+            raise ConfigError(
+                f"cannot resume {run_dir}: the recipe has changed in {', '.join(changed)}; restore it or use another --output"
+            )
     run_dir.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("RANK", "0")) == 0:
         with atomic_file(recipe_file) as draft:
@@ -367,7 +370,7 @@ def _freeze_embeddings(model: Any, mask_token_id: int) -> frozenset[str]:
 
 
 def _describe(recipe: Recipe, examples: Examples, trainer: RefusionTrainer, steps_done: int) -> str:
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) if isinstance(trainer.model, nn.Module) else 0
+    trained = _num_trained_weights(trainer.model, trainer.frozen_parameters)
     left_out = [
         f"{count} {reason}"
         for count, reason in (
@@ -384,6 +387,11 @@ def _describe(recipe: Recipe, examples: Examples, trainer: RefusionTrainer, step
         + f"; {trained:,} weights trained"
         + (f"; resuming after step {steps_done}" if steps_done else "")
     )
+
+
+def _num_trained_weights(model: Any, frozen: frozenset[str]) -> int:
+    """Weights that move; of a frozen embedding that is the mask token's row."""
+    return sum(p.shape[1] if name in frozen else p.numel() for name, p in model.named_parameters() if p.requires_grad)
 
 
 def _summarise(

@@ -28,7 +28,13 @@ class RefusionTrainer(Trainer):
     """Trains a model that `objectives.bind_objective` prepared on the batches of a `PackedBatches`."""
 
     def __init__(
-        self, *, model: nn.Module, args: TrainingArguments, batches: PackedBatches, frozen_parameters: frozenset[str] = frozenset(), **kwargs: Any
+        self,
+        *,
+        model: nn.Module,
+        args: TrainingArguments,
+        batches: PackedBatches,
+        frozen_parameters: frozenset[str] = frozenset(),
+        **kwargs: Any,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=batches, **kwargs)
         self.batches = batches
@@ -56,8 +62,8 @@ class RefusionTrainer(Trainer):
         """The micro-batches of one step, on the device, each with the normalisers of the step over all of them and all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         counts = torch.tensor([sum(batch[name] for batch in batches) for name in ("num_ar", "num_documents", "num_tokens")])
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts.to(device), "sum").cpu()
+        if self.args.world_size > 1:  # a synchronisation per step; with one process there is none
+            counts = self._summed(counts.to(device)).cpu()
         num_ar, num_documents, num_tokens = counts.tolist()
         self._num_tokens += num_tokens
         for batch in batches:
@@ -86,7 +92,7 @@ class RefusionTrainer(Trainer):
         if "loss" in logs:
             if self._sums is not None:
                 # One synchronisation per log line.
-                sums = self.accelerator.reduce(self._sums, "sum") if self.args.world_size > 1 else self._sums
+                sums = self._summed(self._sums)
                 steps = max(self.state.global_step - self._last_logged_step, 1)
                 logs["loss_ar"], logs["loss_mdm"] = (value / steps for value in sums.tolist())
             now = time.perf_counter()
@@ -96,6 +102,12 @@ class RefusionTrainer(Trainer):
             if not math.isfinite(logs["loss"]):
                 raise ConfigError(f"the loss is {logs['loss']} at step {self.state.global_step}; lower optimizer.learning_rate")
         super().log(logs, start_time)
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """Sum over all processes."""
+        total = self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
+        assert isinstance(total, Tensor), type(total)
+        return total
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._last_logged_step = self.batches.start_step
@@ -133,8 +145,8 @@ class ProgressLine(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
             self.report(
-                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  ar {logs['loss_ar']:.4f}  mdm {logs['loss_mdm']:.4f}  "
-                f"lr {logs['learning_rate']:.2e}  norm {logs.get('grad_norm', 0.0):.2f}  {logs['tokens_per_second']:,.0f} tokens/s"
+                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
+                f"ar {logs['loss_ar']:.4f}  mdm {logs['loss_mdm']:.4f}  lr {logs['learning_rate']:.2e}  norm {logs.get('grad_norm', 0.0):.2f}  {logs['tokens_per_second']:,.0f} tokens/s"
             )
 
 

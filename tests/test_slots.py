@@ -1,0 +1,200 @@
+"""Slots: every layout supervises each answer token exactly as specified, and positions undo the permutation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refusion.slots import (
+    AR_TERM,
+    IGNORED,
+    MDM_TERM,
+    SlotRow,
+    autoregressive_row,
+    cut_slots,
+    keyed_uniforms,
+    permute_slots,
+    permuted_row,
+    row_generator,
+    serial_row,
+)
+
+MASK = 9999
+lengths = st.tuples(st.integers(1, 12), st.integers(1, 60))
+seeds = st.integers(0, 2**32)
+
+
+def _pair(sizes: tuple[int, int]) -> tuple[list[int], list[int]]:
+    """Ids that are all different, so that a label says which token it is: text position i has id 100 + i."""
+    num_prompt, length = sizes
+    return list(range(100, 100 + num_prompt)), list(range(100 + num_prompt, 100 + num_prompt + length))
+
+
+@given(lengths, seeds, st.sampled_from([1, 4, 8, 32]), st.booleans())
+def test_every_answer_token_of_a_permuted_row_stands_once_at_its_own_position(
+    sizes: tuple[int, int], seed: int, k: int, order: bool
+) -> None:
+    prompt, answer = _pair(sizes)
+    row = permute_slots(prompt, answer, mask_token_id=MASK, generator=row_generator(seed, 0, 0), slot_size=k, keep_text_order=order)
+    restored = np.empty(len(prompt) + len(answer), dtype=np.int64)
+    restored[row.position_ids] = np.where(row.is_masked, row.labels, row.input_ids)
+    assert restored.tolist() == prompt + answer
+    assert sorted(row.position_ids.tolist()) == list(range(len(restored)))
+
+
+@given(lengths, seeds, st.sampled_from([1, 4, 8, 32]), st.booleans())
+def test_permuted_row_supervises_each_token_as_specified(sizes: tuple[int, int], seed: int, k: int, order: bool) -> None:
+    prompt, answer = _pair(sizes)
+    row = permute_slots(prompt, answer, mask_token_id=MASK, generator=row_generator(seed, 0, 0), slot_size=k, keep_text_order=order)
+    is_masked_slot = {}
+    for i in range(len(prompt), len(row.labels)):
+        offset = int(row.position_ids[i]) - len(prompt)
+        slot = offset // k
+        masked = row.input_ids[i] == MASK
+        assert is_masked_slot.setdefault(slot, masked) == masked, "a slot is masked as a whole"
+        if masked:
+            assert (row.labels[i], row.terms[i]) == (answer[offset], MDM_TERM)
+        elif offset % k == k - 1 or offset == len(answer) - 1:
+            assert row.labels[i] == IGNORED
+        else:
+            assert (row.labels[i], row.terms[i], row.teacher_rows[i]) == (answer[offset + 1], AR_TERM, len(prompt) + offset)
+    assert (row.labels[: len(prompt)] == IGNORED).all()
+    assert ((row.labels == IGNORED) == (row.terms == 0)).all()
+    masked_positions = row.position_ids[row.is_masked]
+    assert (np.diff(masked_positions) > 0).all(), "masked slots stand in text order"
+    if order:
+        assert (np.diff(row.position_ids[~row.is_masked]) > 0).all()
+    assert np.allclose(row.weights[row.is_masked], 1 / (row.mask_probability * len(answer)))
+
+
+@given(lengths, seeds, st.sampled_from([1, 4, 8, 32]))
+def test_permuted_row_is_plain_causal(sizes: tuple[int, int], seed: int, k: int) -> None:
+    prompt, answer = _pair(sizes)
+    row = permute_slots(prompt, answer, mask_token_id=MASK, generator=row_generator(seed, 0, 0), slot_size=k)
+    assert (_seen(row) == np.tril(np.ones((len(row.labels),) * 2, dtype=bool))).all()
+
+
+@given(lengths, seeds, st.sampled_from([1, 4, 8, 32]))
+def test_serial_row_supervises_every_answer_token_twice(sizes: tuple[int, int], seed: int, k: int) -> None:
+    prompt, answer = _pair(sizes)
+    row = serial_row(prompt, answer, mask_token_id=MASK, generator=row_generator(seed, 0, 0), slot_size=k)
+    assert row.labels[row.terms == AR_TERM].tolist() == answer
+    assert row.labels[row.is_masked].tolist() == answer
+    clean = np.flatnonzero(row.terms == AR_TERM)
+    assert (row.labels[clean] == row.input_ids[clean] + 1).all(), "ids grow by one, so the target is the next token of the text"
+    assert np.isclose(row.weights[row.is_masked].sum(), 1.0)
+    assert row.mask_probability == 1.0
+
+
+@given(lengths, seeds, st.sampled_from([1, 4, 8, 32]))
+def test_serial_mask_groups_see_the_text_before_their_slot_and_themselves(sizes: tuple[int, int], seed: int, k: int) -> None:
+    prompt, answer = _pair(sizes)
+    row = serial_row(prompt, answer, mask_token_id=MASK, generator=row_generator(seed, 0, 0), slot_size=k)
+    seen = _seen(row)
+    text = len(prompt) + len(answer)
+    for i in np.flatnonzero(row.is_masked):
+        group = np.flatnonzero(row.group == row.group[i])
+        first = int(row.position_ids[group[0]])
+        assert len(group) <= k
+        assert (row.position_ids[group] == np.arange(first, first + len(group))).all()
+        assert np.flatnonzero(seen[i]).tolist() == [*range(first), *(int(j) for j in group if j <= i)]
+        assert row.teacher_rows[i] == (first - 1 if i == group[0] else -1)
+    assert (seen[:text] == np.tril(np.ones((text, len(row.labels)), dtype=bool))).all()
+
+
+def test_serial_cuts_fall_everywhere() -> None:
+    rows = [serial_row([1], list(range(40)), mask_token_id=MASK, generator=row_generator(0, 0, i), slot_size=4) for i in range(100)]
+    assert {int(np.flatnonzero(np.diff(row.group))[1]) - 40 for row in rows} == {1, 2, 3, 4}
+
+
+@given(lengths, seeds, st.integers(0, 40))
+def test_serial_row_keeps_to_its_limits(sizes: tuple[int, int], seed: int, room: int) -> None:
+    prompt, answer = _pair(sizes)
+    limit = len(prompt) + len(answer) + room
+    row = serial_row(prompt, answer, mask_token_id=MASK, generator=row_generator(seed, 0, 0), slot_size=8, max_groups=2, max_length=limit)
+    assert len(row.labels) <= limit
+    assert row.group.max() <= 2
+    assert (row.labels[row.is_masked] == 100 + row.position_ids[row.is_masked]).all()
+
+
+@given(lengths)
+def test_autoregressive_row_predicts_every_answer_token_once(sizes: tuple[int, int]) -> None:
+    prompt, answer = _pair(sizes)
+    row = autoregressive_row(prompt, answer)
+    targets = np.flatnonzero(row.terms)
+    assert row.labels[targets].tolist() == answer
+    assert (targets == np.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)).all()
+    assert not row.is_masked.any()
+
+
+@given(seeds, st.integers(0, 5), st.integers(0, 10**9))
+@settings(max_examples=20)
+def test_the_same_key_gives_the_same_row(seed: int, epoch: int, example: int) -> None:
+    draws = [permute_slots([1, 2], list(range(80)), mask_token_id=MASK, generator=row_generator(seed, epoch, example)) for _ in range(2)]
+    assert draws[0].input_ids.tolist() == draws[1].input_ids.tolist()
+    assert draws[0].mask_probability == draws[1].mask_probability
+
+
+def test_keys_that_differ_give_different_rows() -> None:
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    rows = [permute_slots([1, 2], list(range(80)), mask_token_id=MASK, generator=row_generator(*key)) for key in keys]
+    assert len({row.mask_probability for row in rows}) == 4
+
+
+def test_keyed_uniforms_are_uniform_and_independent_of_their_neighbours() -> None:
+    ids = np.arange(20_000)
+    values = keyed_uniforms(3, 1, ids, 0)
+    assert np.histogram(values, bins=10, range=(0, 1))[0] == pytest.approx(np.full(10, 2000), rel=0.1)
+    assert values[7] == keyed_uniforms(3, 1, np.array([7]), 0)[0]
+    assert abs(np.corrcoef(values, keyed_uniforms(3, 1, ids, 1))[0, 1]) < 0.03
+    assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03
+
+
+def test_slots_are_cut_as_documented() -> None:
+    assert cut_slots(10, 4).tolist() == [0, 4, 8, 10]
+    assert cut_slots(10, 4, 1).tolist() == [0, 1, 5, 9, 10]
+    assert cut_slots(3, 8).tolist() == [0, 3]
+
+
+def test_permuted_rows_reproduce_the_golden_batches(golden_dir: Path) -> None:
+    """Cut and order are read off the golden rows; ids, positions, labels and the mask must follow from them."""
+    for batch in json.loads((golden_dir / "loss.json").read_text()):
+        for b, pair in enumerate(batch["rows"]):
+            prompt, answer = pair["prompt_ids"], pair["answer_ids"]
+            total = len(prompt) + len(answer)
+            positions, labels = np.array(batch["position_ids"][b][:total]), np.array(batch["labels"][b][:total])
+            is_masked = np.array(batch["is_masked"][b][:total], dtype=bool)
+            candidates = [
+                row
+                for k in (4, 8, 16, 32)
+                if (row := _row_with_order(prompt, answer, k, positions, is_masked, batch["p_mask"][b])) is not None
+                and row.labels.tolist() == labels.tolist()
+            ]
+            assert candidates, "one of the slot sizes gives the golden labels"
+            assert candidates[0].input_ids.tolist() == batch["permuted_input_ids"][b][:total]
+            assert candidates[0].position_ids.tolist() == positions.tolist()
+            assert candidates[0].is_masked.tolist() == is_masked.tolist()
+
+
+def _row_with_order(
+    prompt: list[int], answer: list[int], k: int, positions: np.ndarray, is_masked: np.ndarray, probability: float
+) -> SlotRow | None:
+    """The row for slots of k tokens in the order in which their clean tokens stand; None if that is no order of whole slots."""
+    clean = positions[len(prompt) :][~is_masked[len(prompt) :]] - len(prompt)
+    order = list(dict.fromkeys((clean // k).tolist()))
+    row = permuted_row(
+        prompt, answer, cut_slots(len(answer), k), np.array(order, dtype=np.int64), mask_token_id=2, mask_probability=probability
+    )
+    return row if row.position_ids.tolist() == positions.tolist() else None
+
+
+def _seen(row: SlotRow) -> np.ndarray:
+    """[T, T] what each token of the row sees, written out from the definition."""
+    index = np.arange(len(row.labels))
+    in_group = (row.group[:, None] == row.group) & (row.group[:, None] > 0) & (index <= index[:, None])
+    return (index < row.visible[:, None]) | in_group
