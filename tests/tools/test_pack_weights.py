@@ -2,16 +2,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
+import pack_weights
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import pack_weights
 
 from refusion.deltas import apply_deltas, load_packed
 
