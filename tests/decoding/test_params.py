@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from refusion.decoding.params import SamplingParams, SlotParams, SlotSettings
+from refusion.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("slot_size", 0),
+        ("slot_threshold", 1.5),
+        ("slot_threshold", -0.1),
+        ("slot_threshold", float("nan")),
+        ("token_threshold", 2.0),
+        ("acceptance", "maybe"),
+        ("max_candidates", -1),
+        ("serial_blocks", 0),
+        ("block_size", 0),
+    ],
+)
+def test_slot_params_name_the_field_that_is_out_of_range(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^{field} is {value!r}; it must be "):
+        SlotParams(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -0.5),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("stop", ("",)),
+    ],
+)
+def test_sampling_params_name_the_field_that_is_out_of_range(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^{field} is "):
+        SamplingParams(**{field: value})
+
+
+def test_block_size_is_a_multiple_of_slot_size_and_excludes_serial_blocks() -> None:
+    with pytest.raises(ConfigError, match="block_size is 12; it must be a multiple of slot_size=8"):
+        SlotParams(slot_size=8, block_size=12)
+    with pytest.raises(ConfigError, match="serial_blocks"):
+        SlotParams(block_size=8, serial_blocks=2)
+
+
+def test_block_size_alone_is_checked_against_the_slot_size_of_the_checkpoint() -> None:
+    params = SlotParams(block_size=12)
+    assert params.resolve({"slot_size": 4, "block_size": 4}).block_size == 12
+    with pytest.raises(ConfigError, match="multiple of slot_size=8"):
+        params.resolve({"slot_size": 8})
+
+
+def test_fields_left_out_come_from_the_checkpoint_then_from_the_defaults() -> None:
+    recommended = {"slot_size": 4, "block_size": 16, "token_threshold": 0.2}
+    assert SlotParams(slot_threshold=0.7).resolve(recommended) == SlotSettings(
+        slot_size=4, block_size=16, token_threshold=0.2, slot_threshold=0.7
+    )
+    # A given slot size does not keep the checkpoint's block size, which may be no multiple of it.
+    assert SlotParams(slot_size=3).resolve(recommended) == SlotSettings(slot_size=3, token_threshold=0.2)
+    assert SlotParams(serial_blocks=2).resolve(recommended) == SlotSettings(slot_size=4, serial_blocks=2, token_threshold=0.2)
+    assert SlotParams().resolve({}) == SlotSettings()
+
+
+def test_an_unknown_key_in_the_checkpoint_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="slot_sise"):
+        SlotParams().resolve({"slot_sise": 4})
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_tokens", "num_slots", "slots_per_block"),
+    [
+        ({"slot_size": 32, "serial_blocks": 4}, 512, 16, 4),  # the paper's gsm8k row
+        ({"slot_size": 8, "serial_blocks": 64}, 512, 64, 1),
+        ({"slot_size": 32, "serial_blocks": 4}, 100, 4, 1),  # rounded up to 128 inside
+        ({"slot_size": 4, "serial_blocks": 2}, 17, 5, 3),  # 24 tokens inside, blocks of 12; the sixth slot does not exist
+        ({"slot_size": 4, "block_size": 8}, 17, 5, 2),
+        ({"slot_size": 4}, 3, 1, 1),
+    ],
+)
+def test_the_answer_is_cut_into_blocks(settings: dict[str, int], max_tokens: int, num_slots: int, slots_per_block: int) -> None:
+    resolved = SlotSettings(**settings)
+    assert (resolved.num_slots(max_tokens), resolved.slots_per_block(max_tokens)) == (num_slots, slots_per_block)
+
+
+def test_candidates_end_where_a_slot_has_no_further_length() -> None:
+    assert [SlotSettings(slot_size=4, max_candidates=most).candidates() for most in (None, 0, 2, 9)] == [3, 0, 2, 3]
+    assert SlotSettings(slot_size=1).candidates() == 0
