@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from refusion.errors import CheckpointError, ConfigError
 from refusion.training.recipe import Recipe
-from refusion.training.run import TOY_MASK_ID, load_base, train
+from refusion.training.run import TOY_MASK_ID, TrainingReport, load_base, train
 
 Build = Callable[..., Recipe]
 Weights = Callable[[Path], dict[str, Tensor]]
@@ -163,7 +163,7 @@ def test_a_base_without_mask_token_is_refused(tmp_path: Path, small_recipe: Buil
         _train(small_recipe(model={"base": str(tmp_path / "base")}), tmp_path / "run")
 
 
-def _train(recipe: Recipe, run_dir: Path):  # noqa: ANN202
+def _train(recipe: Recipe, run_dir: Path) -> TrainingReport:
     return train(recipe, output=run_dir, report=lambda line: None)
 
 

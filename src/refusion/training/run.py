@@ -279,6 +279,9 @@ def _training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
     has_gpu = torch.cuda.is_available()
     bfloat16 = recipe.model.precision == "bfloat16" or (recipe.model.precision == "auto" and has_gpu)
     optimizer, run = recipe.optimizer, recipe.run
+    # TF32 for what autocast leaves in float32. Not by TrainingArguments(tf32=True): its API and the one that torch.compile asks differ.
+    if has_gpu:
+        torch.set_float32_matmul_precision("high")
     arguments = TrainingArguments(
         output_dir=str(run_dir),
         max_steps=max(run.max_steps, 1),
@@ -294,7 +297,6 @@ def _training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
         max_grad_norm=optimizer.max_grad_norm,
         optim="adamw_torch_fused" if has_gpu else "adamw_torch",
         bf16=bfloat16,
-        tf32=True if has_gpu else None,
         use_cpu=not has_gpu,
         seed=run.seed,
         ignore_data_skip=True,  # the batches start at the right step themselves

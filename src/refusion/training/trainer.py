@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -53,7 +54,7 @@ class RefusionTrainer(Trainer):
             self.batches,
             batch_size=None,
             num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
+            collate_fn=_to_arrays,
             prefetch_factor=4 if workers else None,
             multiprocessing_context="fork" if workers else None,
         )
@@ -144,10 +145,10 @@ class ProgressLine(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
-            self.report(
-                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
-                f"ar {logs['loss_ar']:.4f}  mdm {logs['loss_mdm']:.4f}  lr {logs['learning_rate']:.2e}  norm {logs.get('grad_norm', 0.0):.2f}  {logs['tokens_per_second']:,.0f} tokens/s"
-            )
+            speed = f"{logs['tokens_per_second']:,.0f} tokens/s"
+            terms = f"loss {logs['loss']:.4f}  ar {logs['loss_ar']:.4f}  mdm {logs['loss_mdm']:.4f}"
+            steered = f"lr {logs['learning_rate']:.2e}  norm {logs.get('grad_norm', 0.0):.2f}"
+            self.report(f"step {state.global_step}/{state.max_steps}  {terms}  {steered}  {speed}")
 
 
 class TimeLimit(TrainerCallback):
@@ -167,5 +168,15 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
 
 
+def _to_arrays(batch: Any) -> Any:
+    """Arrays travel from the workers through a pipe; tensors would need shared memory, of which containers often have 64 MB."""
+    return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
 def _to_device(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    """Arrays and tensors go to the device, from pinned memory where that lets the copy overlap with the step before."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if not isinstance(value, Tensor):
+        return value
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value
