@@ -32,7 +32,8 @@ class AnswerStream:
         new: list[int] = []
         while not self._is_over and (token_ids := self._pending.pop(self.num_tokens, None)) is not None:
             new += self._take(token_ids)
-        return self._release(self._detokenizer.push(new)) if new else ""
+        text = self._detokenizer.push(new) if new else ""
+        return self._release(text + self._detokenizer.flush() if self._is_over else text)
 
     def _take(self, token_ids: Sequence[int]) -> list[int]:
         """The tokens of one commit that belong to the answer."""
@@ -49,10 +50,10 @@ class AnswerStream:
         """`text` behind what was held back, up to a stop string or the beginning of one."""
         text = self._held + text
         cuts = [place for stop in self._stop if (place := text.find(stop)) >= 0]
-        if cuts:
-            self._is_over = True
-        certain = min(cuts) if cuts else len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = "" if cuts else text[certain:]
+        num_held = 0 if self._is_over else max((_overlap(text, stop) for stop in self._stop), default=0)
+        certain = min(cuts) if cuts else len(text) - num_held
+        self._is_over = self._is_over or bool(cuts)
+        self._held = text[certain:]
         self.text += text[:certain]
         return text[:certain]
 
