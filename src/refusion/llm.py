@@ -11,6 +11,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch import Tensor
 
 from refusion import hub
+from refusion.checkpoint import read_json
 from refusion.decoding.autoregressive import AutoregressiveDecoder
 from refusion.decoding.events import Event
 from refusion.decoding.forward import EagerForward, ForwardFn
@@ -18,7 +19,7 @@ from refusion.decoding.params import SamplingParams, SlotParams, SlotSettings
 from refusion.decoding.refusion import ReFusionDecoder
 from refusion.engine.batch import Answer, Decoder, run_batch
 from refusion.errors import CheckpointError, RequestError
-from refusion.model.config import ModelConfig, read_json
+from refusion.model.config import ModelConfig
 from refusion.model.transformer import Transformer
 from refusion.tokenizer import Tokenizer
 
@@ -157,8 +158,8 @@ class LLM:
         context = self.config.max_position_embeddings
         if len(ids) + sampling.max_tokens > context:
             raise RequestError(
-                f"prompt {index} has {len(ids)} tokens and max_tokens is {sampling.max_tokens}, together more than the context of {context}; "
-                f"shorten the prompt or lower max_tokens to {max(context - len(ids), 0)}"
+                f"prompt {index} has {len(ids)} tokens and max_tokens is {sampling.max_tokens}, "
+                f"together more than the context of {context}; shorten the prompt or lower max_tokens to {max(context - len(ids), 0)}"
             )
 
     def _decoder_factory(self, name: str, sampling: SamplingParams, slots: SlotSettings) -> Callable[[], Decoder]:
@@ -224,7 +225,7 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is None:
-        is_native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001  no public way to ask
+        is_native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if is_native else torch.float32
     if dtype not in ("float32", "bfloat16"):
         raise RequestError(f"unknown dtype {dtype!r}; use float32 or bfloat16")

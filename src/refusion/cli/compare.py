@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from refusion import hub
+from refusion.checkpoint import read_json
 from refusion.cli import options
 from refusion.decoding.params import SamplingParams, SlotParams, SlotSettings
 from refusion.errors import CheckpointError
 from refusion.llm import LLM, Prompt, RequestOutput
-from refusion.model.config import read_json
 
 _WARM_UP_TOKENS = 16  # enough to touch every kind of forward once
 

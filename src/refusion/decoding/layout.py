@@ -56,7 +56,9 @@ class LaidOut:
         return values.gather(1, self.rows[name]).view(-1, *self.shapes[name])
 
 
-def lay_out(state: DecodeState, slots: SlotSettings, sampling: SamplingParams, width: int, mask_id: int, prompts: Tensor | None = None) -> LaidOut:
+def lay_out(
+    state: DecodeState, slots: SlotSettings, sampling: SamplingParams, width: int, mask_id: int, prompts: Tensor | None = None
+) -> LaidOut:
     """The next forward of every request. width is W; prompts [B, P] (right-padded) joins the first forward of a batch."""
     window = state.window(width)
     status = state.status.gather(1, window)

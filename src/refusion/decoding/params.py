@@ -59,7 +59,8 @@ class SlotParams:
     """Put the next plan into the forward that verifies this one; False with max_candidates=0 is the plain two-pass algorithm."""
 
     def __post_init__(self) -> None:
-        _require(self.block_size is None or self.serial_blocks is None, "serial_blocks", self.serial_blocks, "left out where block_size is given")
+        is_cut_once = self.block_size is None or self.serial_blocks is None
+        _require(is_cut_once, "serial_blocks", self.serial_blocks, "left out where block_size is given")
         # Whatever is given must be valid by itself; whether block_size fits a slot size left out shows once that is known.
         self.resolve({"slot_size": 1} if self.slot_size is None else {})
 

@@ -54,7 +54,10 @@ class KVCache:
         return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
 
     def keep(self, rows: Tensor, is_kept: Tensor) -> None:
-        """Commit rows of the last forward. rows [B, M]: indices into its tokens, in commit order; is_kept [B, M] bool, a prefix of each row."""
+        """Commit rows of the last forward.
+
+        rows [B, M]: indices into its tokens, in commit order; is_kept [B, M] bool, a prefix of each row.
+        """
         num_kept = is_kept.sum(dim=1)  # [B]
         most = int(num_kept.max())  # one host synchronisation a forward: the next write has to know where to start
         if most == 0:

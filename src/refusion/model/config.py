@@ -3,11 +3,11 @@
 Only Qwen3 and Llama shapes are understood; everything else is refused here, before a weight is read.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refusion.checkpoint import read_json
 from refusion.errors import CheckpointError
 
 MODEL_TYPES = ("llama", "qwen3")
@@ -56,10 +56,7 @@ class ModelConfig:
         Raises `CheckpointError` if the file is missing, malformed or describes another architecture.
         """
         raw = read_json(path / "config.json")
-        if raw.get("model_type") not in MODEL_TYPES:
-            raise CheckpointError(f"{path}: model_type {raw.get('model_type')!r} is not supported; use one of {', '.join(MODEL_TYPES)}")
-        if raw.get("use_sliding_window"):
-            raise CheckpointError(f"{path}: sliding-window attention is not supported; use a checkpoint with full attention")
+        _refuse_other_shapes(raw, path)
         try:
             return cls(
                 model_type=raw["model_type"],
@@ -83,14 +80,16 @@ class ModelConfig:
             raise CheckpointError(f"{path / 'config.json'} lacks {error.args[0]!r}; it is not a complete model configuration") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or `CheckpointError` saying what is wrong with it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; a checkpoint directory holds config.json, safetensors and a tokenizer") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from error
+def _refuse_other_shapes(raw: dict[str, Any], path: Path) -> None:
+    """What would load and compute something else."""
+    if raw.get("model_type") not in MODEL_TYPES:
+        raise CheckpointError(f"{path}: model_type {raw.get('model_type')!r} is not supported; use one of {', '.join(MODEL_TYPES)}")
+    if raw.get("use_sliding_window"):
+        raise CheckpointError(f"{path}: sliding-window attention is not supported; use a checkpoint with full attention")
+    if raw.get("quantization_config"):
+        raise CheckpointError(f"{path}: quantised weights are not supported; use the checkpoint in bfloat16 or float32")
+    if raw.get("mlp_bias") or raw.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{path}: a feed-forward layer with biases or another activation than silu is not supported")
 
 
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from refusion.model.config import ModelConfig
 from refusion.model.segments import Segments
 from refusion.model.weights import load_weights
 
-# B = requests, T = new tokens, C = cache columns, H = key/value heads, G = query heads per key/value head, D = head dimension, V = vocabulary
+# B = requests, T = new tokens, C = cache columns, V = vocabulary
+# H = key/value heads, G = query heads per key/value head, D = head dimension
 
 
 @dataclass(frozen=True, slots=True)

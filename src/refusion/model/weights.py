@@ -1,14 +1,13 @@
-"""Weights from a hub-layout directory into the inference transformer: safetensors only, one file or shards, projections fused on the way."""
+"""Weights from a hub-layout directory into the inference transformer; projections are fused on the way."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from refusion.checkpoint import weight_files
 from refusion.errors import CheckpointError
-from refusion.model.config import read_json
 
 # fused parameter -> the checkpoint parameters it stacks, in this order
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -19,7 +18,7 @@ def load_weights(model: nn.Module, path: Path, *, device: torch.device, dtype: t
 
     Raises `CheckpointError` for a missing file, a missing tensor or a wrong shape.
     """
-    files = {name: file for file in _files(path) for name in _names(file)}
+    files = {name: file for file in weight_files(path) for name in _names(file)}
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     for name, parameter in list(model.named_parameters(remove_duplicate=True)):
         parts = [_read(files, part, path) for part in _sources(name)]
@@ -29,15 +28,6 @@ def load_weights(model: nn.Module, path: Path, *, device: torch.device, dtype: t
         _assign(model, name, tensor.to(device=device, dtype=dtype))
     if tied:
         model.get_submodule("lm_head").weight = model.get_submodule("embed_tokens").weight
-
-
-def _files(path: Path) -> Iterator[Path]:
-    index = path / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    for name in names:
-        if not (path / name).exists():
-            raise CheckpointError(f"{path / name} does not exist; only safetensors checkpoints are loaded (convert others first)")
-        yield path / name
 
 
 def _names(file: Path) -> list[str]:
