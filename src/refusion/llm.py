@@ -97,6 +97,8 @@ class LLM:
         Raises `RequestError` if a prompt cannot be served and `ConfigError` for settings out of range; nothing has run by then.
         """
         sampling = sampling or SamplingParams()
+        if isinstance(prompts, str):
+            raise RequestError("prompts is a single string; put it in a list")
         prompt_ids = [self._encode(prompt, index) for index, prompt in enumerate(prompts)]
         for index, ids in enumerate(prompt_ids):
             self._check_length(ids, index, sampling)

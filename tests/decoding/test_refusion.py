@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_traces import MASK_ID, forward_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import Reference
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from refusion.decoding.params import SamplingParams, SlotSettings
 from refusion.decoding.refusion import ReFusionDecoder
+from refusion.model.transformer import Transformer
 
 MASK, EOS, VOCAB = 1, 0, 6
 TWO_PASS = {"fuse_plan": False, "max_candidates": 0}
@@ -237,3 +239,15 @@ def test_threshold_is_exclusive() -> None:
     token_ids, num_forwards, _ = one(script, strict, 4)
     assert token_ids == [3, 4, 5, 3]
     assert num_forwards == 2 * (2 + 2)  # one slot a round, each infilled
+
+
+def test_slots_of_one_token_need_no_row_in_the_last_verification(golden_model: Transformer) -> None:
+    slots = SlotSettings(slot_size=1, fuse_plan=False)
+    decoder = ReFusionDecoder(
+        forward_of(golden_model), slots, SamplingParams(max_tokens=3), mask_id=MASK_ID, eos_ids=torch.zeros(0, dtype=torch.long)
+    )
+    decoder.start(torch.tensor([[3, 4]]), torch.tensor([2]), torch.zeros(1, dtype=torch.long))
+    while not decoder.is_done.all():
+        decoder.step()
+    assert len(decoder.answer(0)) == 3
+    assert int(decoder.num_forwards[0]) == 6

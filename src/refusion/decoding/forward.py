@@ -83,9 +83,10 @@ class EagerForward:
             positions=batch.positions[request, place],
             given_ids=batch.given_ids[request, place],
         )
+        read = hidden[request, place]
         parts = [
-            readout_logits(self.network.lm_head(part).float(), self.banned_ids, batch.draw, rows.part(start))
-            for start, part in zip(range(0, len(request), ROWS_AT_ONCE), hidden[request, place].split(ROWS_AT_ONCE), strict=True)
+            readout_logits(self.network.lm_head(read[start : start + ROWS_AT_ONCE]).float(), self.banned_ids, batch.draw, rows.part(start))
+            for start in range(0, len(request), ROWS_AT_ONCE)  # no part at all where nobody reads: verifying the last slot of one token
         ]
         return _scatter(parts, request, place, batch.token_ids)
 
