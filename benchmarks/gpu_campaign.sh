@@ -35,8 +35,22 @@ train() { # NAME RECIPE [options]
     tail -n 4 "$OUT/train-$name.log"
 }
 
-mixture() { # chat, predictable tasks, and a little of everything else that is permitted
-    echo '[{path="'$WORK'/data/greedy.jsonl.gz",weight='${GREEDY:-1}'},{path="'$WORK'/data/warm.jsonl.gz"},{path="'$WORK'/data/predictable.jsonl.gz",weight='${TASKS:-1}'},{path="'$WORK'/data/gsm8k.jsonl.gz",weight=2},{path="'$WORK'/data/arc.jsonl.gz"},{path="'$WORK'/data/mbpp.jsonl.gz"},{path="'$WORK'/data/functions.jsonl.gz"}]'
+mixture() { # chat, predictable tasks, and a little of everything else that is permitted; only the chat is the base model's own
+    local chat='{path="'$WORK'/data/greedy.jsonl.gz",weight='${GREEDY:-1}'},{path="'$WORK'/data/warm.jsonl.gz"},'
+    [ "${ONLY:-}" != tasks ] || chat=
+    local other=
+    for file in predictable gsm8k arc mbpp functions; do other+='{path="'$WORK'/data/'$file'.jsonl.gz",distill=false},'; done
+    echo "[$chat${other%,}]"
+}
+
+pack() { # NAME: quantise the finished run to the file that ships, build the model from it, and slice the file for the way home
+    local name=$1
+    echo '{"base": "smollm2-135m"}' > "$WORK/slots.json"
+    python3 tools/pack_weights.py --tuned "$WORK/runs/$name/final" --bits 3 --embedding-bits 0 --settings "$WORK/slots.json" \
+        --output "$WORK/packed.safetensors"
+    split -b 15M -d -a 1 "$WORK/packed.safetensors" "$OUT/weights.part"
+    python3 -c "import sys; from pathlib import Path; from refusion.deltas import load_packed, materialise; \
+        materialise(Path('$REFUSION_HOME/models/smollm2-135m'), load_packed(Path('$WORK/packed.safetensors')), Path('$WORK/runs/$name-packed/final'))"
 }
 
 evaluate() { # NAME [chat rows] [number of tasks] [sweep file]

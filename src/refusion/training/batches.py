@@ -217,10 +217,16 @@ class PackedBatches(IterableDataset):  # pyright: ignore[reportMissingTypeArgume
         documents = [[corruption.row(epoch, int(i)) for i in ids] for epoch, ids in rows]
         originals = None
         if corruption.objective.distill > 0:
-            originals = [[np.concatenate(corruption.examples.pair(int(i) % len(corruption.examples))) for i in ids] for _, ids in rows]
+            originals = [[self._original(int(i)) for i in ids] for _, ids in rows]
         return pack_batch(
             documents, corruption.pack_length, pad_id=corruption.mask_token_id, originals=originals, chunk_size=self.chunk_size
         )
+
+    def _original(self, example_id: int) -> IntArray | None:
+        """Prompt and answer as the teacher reads them, None where the pair is not distilled."""
+        examples = self.schedule.corruption.examples
+        index = example_id % len(examples)
+        return np.concatenate(examples.pair(index)) if examples.is_distilled[index] else None
 
 
 def pack_batch(
@@ -228,15 +234,16 @@ def pack_batch(
     pack_length: int,
     *,
     pad_id: int,
-    originals: Sequence[Sequence[IntArray]] | None = None,
+    originals: Sequence[Sequence[IntArray | None]] | None = None,
     chunk_size: int = 4096,
 ) -> Batch:
     """Lay documents side by side into [R, L] arrays. Padding sees only itself and has no target.
 
     Per token: input_ids, position_ids, labels, weights, terms, start, visible, group (`start` and `visible` count from the row's begin).
     Per target, padded with weight 0 to a multiple of chunk_size: target_index (into the flattened rows), target_labels, target_weights,
-    target_terms; with `originals` (the texts prompt + answer) also target_teacher (into the flattened teacher rows; distilled targets
-    come first, num_teacher_chunks chunks of them) and teacher_input_ids, teacher_position_ids, teacher_start [Rt, L].
+    target_terms; with `originals` (the texts prompt + answer, None where nothing is distilled) also target_teacher (into the flattened
+    teacher rows; distilled targets come first, num_teacher_chunks chunks of them) and teacher_input_ids, teacher_position_ids,
+    teacher_start [Rt, L].
     num_documents, num_ar, num_tokens and num_teacher_chunks are plain ints.
     """
     shape = (len(rows), pack_length)
@@ -266,8 +273,9 @@ def pack_batch(
             arrays["start"][r, span] = begin
             arrays["visible"][r, span] = document.visible + begin
             arrays["group"][r, span] = np.where(document.group > 0, document.group + num_groups, 0)
-            if originals is not None:
-                offset = teacher.add(originals[r][d])
+            original = originals[r][d] if originals is not None else None
+            if original is not None:
+                offset = teacher.add(original)
                 target_teacher[r, span] = np.where(document.teacher_rows >= 0, document.teacher_rows + offset, -1)
             num_groups += int(document.group.max())
             begin = span.stop

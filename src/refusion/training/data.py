@@ -34,6 +34,8 @@ class Examples:
     """[N]"""
     weights: npt.NDArray[np.float64]
     """[N] how often an epoch repeats each pair."""
+    is_distilled: npt.NDArray[np.bool_]
+    """[N] whether the base model's logits may teach a pair."""
     num_skipped: int = 0
     """Malformed rows that were skipped."""
     num_excluded: int = 0
@@ -156,12 +158,12 @@ class _Tokenised:
     answers: list[npt.NDArray[np.int32]]
     errors: list[str]
     num_excluded: int
-    weight: float
+    source: Source
 
 
 def _tokenise(lines: Iterator[tuple[str, int, str]], encoder: RowEncoder) -> _Tokenised:
     """Tokenise (file, line number, text) triples, over all cores where there are many of them. Order is kept."""
-    result = _Tokenised([], [], [], 0, encoder.source.weight)
+    result = _Tokenised([], [], [], 0, encoder.source)
     num_excluded = 0
     for pairs, errors, excluded in _map_chunks(encoder, lines):
         num_excluded += excluded
@@ -169,7 +171,7 @@ def _tokenise(lines: Iterator[tuple[str, int, str]], encoder: RowEncoder) -> _To
         for prompt, answer in pairs:
             result.prompts.append(prompt)
             result.answers.append(answer)
-    return _Tokenised(result.prompts, result.answers, result.errors, num_excluded, result.weight)
+    return _Tokenised(result.prompts, result.answers, result.errors, num_excluded, result.source)
 
 
 _Chunk = list[tuple[str, int, str]]
@@ -282,7 +284,8 @@ def _check_skips(parts: Sequence[_Tokenised], max_skipped: int) -> None:
 def _join(parts: Sequence[_Tokenised], settings: DataSettings) -> Examples:
     prompts = [p for part in parts for p in part.prompts]
     answers = [a for part in parts for a in part.answers]
-    weights = np.concatenate([np.full(len(part.prompts), part.weight) for part in parts])
+    weights = np.concatenate([np.full(len(part.prompts), part.source.weight) for part in parts])
+    is_distilled = np.concatenate([np.full(len(part.prompts), part.source.distill) for part in parts])
     fits = np.array([len(p) + len(a) <= settings.pack_length for p, a in zip(prompts, answers, strict=True)], dtype=bool)
     if not fits.any():
         reason = f"all {len(fits)} rows are longer than data.pack_length = {settings.pack_length}" if len(fits) else "the data has no rows"
@@ -294,6 +297,7 @@ def _join(parts: Sequence[_Tokenised], settings: DataSettings) -> Examples:
         starts=ends[::2],
         answers=ends[1::2],
         weights=weights[fits],
+        is_distilled=is_distilled[fits],
         num_skipped=sum(len(part.errors) for part in parts),
         num_excluded=sum(part.num_excluded for part in parts),
         num_too_long=int((~fits).sum()),

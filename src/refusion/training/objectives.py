@@ -55,6 +55,7 @@ class LossSettings:
 
     chunk_size: int = 4096
     distill: float = 0.0
+    ar_weight: float = 1.0
     only_row: int | None = None
     """The one row of the output head that is trained; None = all of them or none."""
     compiled: bool = False
@@ -83,7 +84,8 @@ def packed_loss(model: Any, batch: Mapping[str, Any], settings: LossSettings, te
     targets = hidden.flatten(0, 1)[batch["target_index"]]  # [N, H]
     terms = batch["target_terms"]
     normaliser = torch.where(terms == AR_TERM, batch["ar_normaliser"], batch["mdm_normaliser"])
-    scales = batch["target_weights"] / normaliser
+    term_weights = torch.where(terms == AR_TERM, settings.ar_weight, 1.0)
+    scales = batch["target_weights"] * term_weights / normaliser
     total, losses = linear_cross_entropy(
         targets,
         head_weight(model),
@@ -95,7 +97,7 @@ def packed_loss(model: Any, batch: Mapping[str, Any], settings: LossSettings, te
         compiled=settings.compiled,
         **({} if teacher is None else _teacher_arguments(teacher, batch, settings)),
     )
-    weighted = losses * scales
+    weighted = losses * scales / term_weights
     ar, mdm = (torch.where(terms == term, weighted, 0.0).sum() for term in (AR_TERM, MDM_TERM))
     return {"loss": total, "ar": ar, "mdm": mdm}
 

@@ -78,6 +78,8 @@ class Source:
     """How often an epoch repeats the source; 2.5 = twice, and half of the rows a third time, drawn anew each epoch."""
     limit: int = 0
     """Use only the first rows; 0 = all."""
+    distill: bool = True
+    """Whether objective.distill reaches this source; false where the base model does not know the answers."""
     query: str = "query"
     """Column of the prompt."""
     response: str = "response"
@@ -135,6 +137,8 @@ class ObjectiveSettings:
     """Probability that clean slots of the paper's layout keep text order; 0 = paper."""
     distill: float = 0.0
     """Share in [0, 1] of the base model's softmax in the target of clean tokens and of each serial group's first mask."""
+    ar_weight: float = 1.0
+    """Factor of the AR term in the loss; 1 = paper."""
     chunk_size: int = 4096
     """Targets that go through the output head at once."""
 
@@ -143,6 +147,7 @@ class ObjectiveSettings:
         for name in ("serial_share", "text_order_share", "distill"):
             _require(0 <= getattr(self, name) <= 1, f"objective.{name}", getattr(self, name), "in [0, 1]")
         _require(self.serial_groups >= 0, "objective.serial_groups", self.serial_groups, "0 or more")
+        _require(self.ar_weight > 0, "objective.ar_weight", self.ar_weight, "above 0")
         _require(self.chunk_size > 0, "objective.chunk_size", self.chunk_size, "above 0")
         if self.name == "autoregressive":
             unused = [n for n in ("serial_share", "serial_groups", "text_order_share") if getattr(self, n)]

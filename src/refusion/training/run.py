@@ -222,7 +222,11 @@ def prepare_model(base: BaseModel, recipe: Recipe, device: torch.device) -> tupl
             for layer in [] if network is None else network.base_model.layers:
                 layer.compile(dynamic=False)
     loss = LossSettings(
-        chunk_size=recipe.objective.chunk_size, distill=recipe.objective.distill, only_row=only_row, compiled=recipe.model.compile
+        chunk_size=recipe.objective.chunk_size,
+        distill=recipe.objective.distill,
+        ar_weight=recipe.objective.ar_weight,
+        only_row=only_row,
+        compiled=recipe.model.compile,
     )
     bind_objective(model, loss, teacher)
     return model, frozen
