@@ -49,7 +49,8 @@ pack() { # NAME: quantise the finished run to the file that ships, build the mod
     python3 tools/pack_weights.py --tuned "$WORK/runs/$name/final" --bits 3 --embedding-bits 0 --settings "$WORK/slots.json" \
         --output "$WORK/packed.safetensors"
     split -b 15M -d -a 1 "$WORK/packed.safetensors" "$OUT/weights.part"
-    python3 -c "import sys; from pathlib import Path; from refusion.deltas import load_packed, materialise; \
+    mkdir -p "$WORK/runs/$name-packed/final"
+    python3 -c "from pathlib import Path; from refusion.deltas import load_packed, materialise; \
         materialise(Path('$REFUSION_HOME/models/smollm2-135m'), load_packed(Path('$WORK/packed.safetensors')), Path('$WORK/runs/$name-packed/final'))"
 }
 

@@ -1,5 +1,7 @@
 """Autoregressive decoding in the same interface: one token per request and forward, the yardstick of every speed claim."""
 
+# pyright: reportUnknownMemberType=false  # torch leaves the types of tolist and split open
+
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +54,8 @@ class AutoregressiveDecoder:
 
     def answer(self, row: int) -> list[int]:
         """The tokens of one request so far."""
-        return self.state.token_ids[row, : int(self.state.num_tokens[row])].tolist()
+        token_ids: list[int] = self.state.token_ids[row, : int(self.state.num_tokens[row])].tolist()
+        return token_ids
 
     def compact(self, requests: Tensor) -> None:
         """Go on with these requests [R] (indices) only."""

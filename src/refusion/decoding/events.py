@@ -1,5 +1,7 @@
 """The one stream of what happens while an answer is written; the command line, a server and the statistics read the same events."""
 
+# pyright: reportUnknownMemberType=false  # torch leaves the types of tolist and split open
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -30,15 +32,17 @@ def step_events(report: StepReport, drafts_after: list[list[list[int]]], row: in
         return
     slot_size = report.drafts.shape[2]
     kind: Kind = "verified" if int(report.phase[row]) == VERIFY else "infilled"
-    for place, slot in enumerate(report.window[row].tolist()):
-        drafts = report.drafts[row, place].tolist()
+    window: list[int] = report.window[row].tolist()
+    plan_slots: list[int] = report.plan_slots[row].tolist()
+    for place, slot in enumerate(window):
+        drafts: list[int] = report.drafts[row, place].tolist()
         if bool(report.is_chosen[row, place]):
             accepted = int(report.num_accepted[row, place])
             yield Event(kind, request, forward, slot, slot * slot_size, tuple(drafts[:accepted]))
         num_committed = int(report.is_committed[row, place].sum())
         if num_committed:
             yield Event("committed", request, forward, slot, slot * slot_size, tuple(drafts[:num_committed]))
-    for place, slot in enumerate(report.plan_slots[row].tolist()):
+    for place, slot in enumerate(plan_slots):
         if bool(report.is_planned[row, place]):
             score = float(report.plan_scores[row, place])
             yield Event("planned", request, forward, slot, slot * slot_size, tuple(drafts_after[slot]), score)

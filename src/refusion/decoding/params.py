@@ -8,6 +8,7 @@ from typing import Any, Literal
 from refusion.errors import ConfigError
 
 Acceptance = Literal["paper", "argmax"]
+Correction = Literal["paper", "autoregressive"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +54,8 @@ class SlotParams:
     """A drafted token passes if it is more probable than this given what stands before it, in [0, 1]."""
     acceptance: Acceptance | None = None
     """`paper`: p > token_threshold; `argmax`: that, or the token is the most probable one."""
+    correction: Correction | None = None
+    """What stands in for the first draft that fails: `paper`: the next mask prediction; `autoregressive`: the token that judged it."""
     max_candidates: int | None = None
     """Fused infill: for how many accepted lengths the next drafts are prepared in the same forward; 0: two-pass infill."""
     fuse_plan: bool | None = None
@@ -87,6 +90,7 @@ class SlotSettings:
     slot_threshold: float = 0.9
     token_threshold: float = 0.4
     acceptance: Acceptance = "argmax"
+    correction: Correction = "paper"
     max_candidates: int | None = None  # None: every length there is
     fuse_plan: bool = True
 
@@ -95,6 +99,7 @@ class SlotSettings:
         _require(0.0 <= self.slot_threshold <= 1.0, "slot_threshold", self.slot_threshold, "in [0, 1]")
         _require(0.0 <= self.token_threshold <= 1.0, "token_threshold", self.token_threshold, "in [0, 1]")
         _require(self.acceptance in ("paper", "argmax"), "acceptance", self.acceptance, "'paper' or 'argmax'")
+        _require(self.correction in ("paper", "autoregressive"), "correction", self.correction, "'paper' or 'autoregressive'")
         _require(self.max_candidates is None or self.max_candidates >= 0, "max_candidates", self.max_candidates, "0 or above")
         _require(self.serial_blocks is None or self.serial_blocks >= 1, "serial_blocks", self.serial_blocks, "at least 1")
         if self.block_size is not None:

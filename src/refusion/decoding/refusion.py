@@ -4,6 +4,8 @@ One `step` is one forward for every request that is not done. Two-pass decoding 
 `max_candidates=0`; the fused default gives the same tokens in fewer forwards.
 """
 
+# pyright: reportUnknownMemberType=false  # torch leaves the types of tolist and split open
+
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,8 +67,10 @@ class ReFusionDecoder:
 
     def answer(self, row: int) -> list[int]:
         """Final tokens of one request from the start of the answer on: up to the first gap, the first EOS or max_tokens."""
-        status, lengths = self.state.status[row].tolist(), self.state.lengths[row].tolist()
-        token_ids, answer = self.state.token_ids[row].tolist(), []
+        status: list[int] = self.state.status[row].tolist()
+        lengths: list[int] = self.state.lengths[row].tolist()
+        token_ids: list[list[int]] = self.state.token_ids[row].tolist()
+        answer: list[int] = []
         for slot, (state, length) in enumerate(zip(status, lengths, strict=True)):
             if state != COMMITTED:
                 break
@@ -182,6 +186,12 @@ class _Settling:
         takes = takes | (is_remask & self.is_chosen)
         is_new = takes[:, :, None] & (place >= lengths[:, :, None])
         drafts = torch.where(is_new, proposed, self.drafts)
+        if self.slots.correction == "autoregressive":
+            # The row that rejected token a of a slot predicts a better one; it replaces the mask's, also through a remask forward.
+            judged = self.laid_out.fold("drafts", self.readout.token_ids).roll(1, dims=2)  # [B, W, K]
+            is_first = (keeps_infilling[:, None] & is_unfinished)[:, :, None] & (place == lengths[:, :, None])
+            is_kept = (is_remask & self.is_chosen)[:, :, None] & (place == lengths[:, :, None])
+            drafts = torch.where(is_first, judged, torch.where(is_kept, self.drafts, drafts))
         return _with_slots(self.state.token_ids, self.laid_out.window, drafts), lengths, is_covered
 
     def _next_lengths(self, verified: Tensor, is_committed: Tensor, keeps_infilling: Tensor) -> Tensor:
