@@ -54,13 +54,25 @@ pack() { # NAME: quantise the finished run to the file that ships, build the mod
         materialise(Path('$REFUSION_HOME/models/smollm2-135m'), load_packed(Path('$WORK/packed.safetensors')), Path('$WORK/runs/$name-packed/final'))"
 }
 
-evaluate() { # NAME [chat rows] [number of tasks] [sweep file]
-    local name=$1 rows=${2:-0:256} tasks=${3:-2100} sweep=${4:-benchmarks/sweeps/short.json}
-    local model="$WORK/runs/$name/final"; [ -d "$model" ] || model=$name
-    python3 benchmarks/chat.py --model "$model" --device "${DEVICE:-cuda}" --batch-size "${CHAT_BATCH:-256}" --rows "$rows" --sweep "$sweep" --score-batch-size 64 \
-        --data "$WORK/data/heldout.jsonl.gz" --output "$OUT/chat-$name.json" --save-texts "$OUT/chat-$name.jsonl"
-    python3 benchmarks/tasks.py --model "$model" --device "${DEVICE:-cuda}" --batch-size "${TASK_BATCH:-350}" --rows "0:$tasks" --sweep "$sweep" \
+evaluate() { # NAME [chat rows] [number of tasks] [sweep file, or folder with chat.json and tasks.json]
+    local name=$1 rows=${2:-0:256} tasks=${3:-2100} sweep=${4:-benchmarks/sweeps}
+    local model="$WORK/runs/$name/final" chat=$sweep/chat.json task=$sweep/tasks.json
+    [ -d "$sweep" ] || { chat=$sweep; task=$sweep; }
+    python3 benchmarks/chat.py --model "$model" --device "${DEVICE:-cuda}" --batch-size "${CHAT_BATCH:-256}" --rows "$rows" --sweep "$chat" \
+        --score-batch-size 64 --data "$WORK/data/heldout.jsonl.gz" --output "$OUT/chat-$name.json" --save-texts "$OUT/chat-$name.jsonl"
+    python3 benchmarks/tasks.py --model "$model" --device "${DEVICE:-cuda}" --batch-size "${TASK_BATCH:-700}" --rows "0:$tasks" --sweep "$task" \
         --data "$WORK/data/tasks_heldout.jsonl.gz" --output "$OUT/tasks-$name.json"
+}
+
+final() { # STEPS TWIN_STEPS: the default model, its shipped form measured, and its autoregressive twin on the same task rows
+    train default recipes/smollm2-135m.toml --set "run.max_steps=$1"
+    pack default
+    (ONLY=tasks train twin recipes/smollm2-135m-autoregressive.toml --set "run.max_steps=$2" --set run.save_steps=0) &
+    evaluate default-packed 0:256 2100 benchmarks/sweeps
+    wait
+    python3 benchmarks/tasks.py --model "$WORK/runs/twin/final" --device cuda --batch-size 700 --sweep benchmarks/sweeps/autoregressive.json \
+        --data "$WORK/data/tasks_heldout.jsonl.gz" --output "$OUT/tasks-twin.json"
+    tar -czf "$OUT/logs.tgz" -C "$OUT" $(cd "$OUT" && ls | grep -v -e weights -e tgz)
 }
 
 "$@"
