@@ -7,7 +7,7 @@
 set -euo pipefail
 WORK=${WORK:-/tmp/campaign} DATA=${DATA:-.carry/data} OUT=${OUT:-$WORK/out}
 export REFUSION_HOME=$WORK/home REFUSION_GGUF=$WORK/gguf PYTHONPATH=src:$WORK/site PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$WORK/inductor
-mkdir -p "$WORK/data" "$WORK/gguf" "$OUT"
+mkdir -p "$WORK/data" "$WORK/gguf" "$WORK/logs" "$OUT"
 refusion() { python3 -m refusion "$@"; }
 
 base() {
@@ -31,8 +31,8 @@ synthesize() { # greedy answers to the queries of the supplied pairs, then new p
 train() { # NAME RECIPE [options]
     local name=$1 recipe=$2; shift 2
     refusion train "$recipe" --output "$WORK/runs/$name" --json --set "data.exclude=[\"$WORK/data/tasks_heldout.jsonl.gz\"]" \
-        --set "data.sources=$(mixture)" "$@" > "$OUT/train-$name.json" 2> >(tee "$OUT/train-$name.log" | tail -n 3 >&2)
-    tail -n 4 "$OUT/train-$name.log"
+        --set "data.sources=$(mixture)" "$@" > "$WORK/logs/train-$name.json" 2> >(tee "$WORK/logs/train-$name.log" | tail -n 3 >&2)
+    tail -n 4 "$WORK/logs/train-$name.log"
 }
 
 mixture() { # chat, predictable tasks, and a little of everything else that is permitted; only the chat is the base model's own
@@ -66,13 +66,13 @@ evaluate() { # NAME [chat rows] [number of tasks] [sweep file, or folder with ch
 
 final() { # STEPS TWIN_STEPS: the default model, its shipped form measured, and its autoregressive twin on the same task rows
     train default recipes/smollm2-135m.toml --set "run.max_steps=$1"
-    pack default
+    pack default; tar -czf "$OUT/logs.tgz" -C "$WORK" logs
     (ONLY=tasks train twin recipes/smollm2-135m-autoregressive.toml --set "run.max_steps=$2" --set run.save_steps=0) &
     evaluate default-packed 0:256 2100 benchmarks/sweeps
     wait
     python3 benchmarks/tasks.py --model "$WORK/runs/twin/final" --device cuda --batch-size 700 --sweep benchmarks/sweeps/autoregressive.json \
         --data "$WORK/data/tasks_heldout.jsonl.gz" --output "$OUT/tasks-twin.json"
-    tar -czf "$OUT/logs.tgz" -C "$OUT" $(cd "$OUT" && ls | grep -v -e weights -e tgz)
+    tar -czf "$OUT/logs.tgz" -C "$WORK" logs
 }
 
 "$@"

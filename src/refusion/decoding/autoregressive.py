@@ -1,6 +1,7 @@
 """Autoregressive decoding in the same interface: one token per request and forward, the yardstick of every speed claim."""
 
-# pyright: reportUnknownMemberType=false  # torch leaves the types of tolist and split open
+# torch leaves the types of tolist and split open
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from dataclasses import dataclass
 

@@ -1,6 +1,7 @@
 """The one stream of what happens while an answer is written; the command line, a server and the statistics read the same events."""
 
-# pyright: reportUnknownMemberType=false  # torch leaves the types of tolist and split open
+# torch leaves the types of tolist and split open
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Event:
     finish_reason: str = ""
 
 
-def step_events(report: StepReport, drafts_after: list[list[list[int]]], row: int, request: int, forward: int) -> Iterator[Event]:
+def step_events(report: StepReport, drafts_after: list[list[int]], row: int, request: int, forward: int) -> Iterator[Event]:
     """Events of one request (row `row` of the batch) from one forward. drafts_after [S][K]: its tokens after the forward."""
     if int(report.phase[row]) == DONE:
         return

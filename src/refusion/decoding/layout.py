@@ -10,7 +10,8 @@ to the left. `LaidOut` remembers where each grid went, so the readout can be fol
 - plan [W, K]: masks of the slots still open (or of the next block) that see all drafts: the next plan, should everything be accepted.
 """
 
-# pyright: reportUnknownMemberType=false  # torch leaves the types of tolist and split open
+# torch leaves the types of tolist and split open
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from dataclasses import dataclass
 

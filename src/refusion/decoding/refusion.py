@@ -4,7 +4,8 @@ One `step` is one forward for every request that is not done. Two-pass decoding 
 `max_candidates=0`; the fused default gives the same tokens in fewer forwards.
 """
 
-# pyright: reportUnknownMemberType=false  # torch leaves the types of tolist and split open
+# torch leaves the types of tolist and split open
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from dataclasses import dataclass, replace
 

@@ -3,11 +3,15 @@
 Its K/V live in our cache between forwards; for each one they are handed over as a `DynamicCache` and the new rows are taken back.
 """
 
+# transformers is typed only in part
+# pyright: basic
+
 import math
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from refusion.model.cache import KVCache
 from refusion.model.config import ModelConfig
@@ -36,9 +40,14 @@ class TransformersNetwork:
         hidden = self.model.get_decoder()(
             input_ids=token_ids, position_ids=positions, attention_mask=bias, past_key_values=past, use_cache=True
         ).last_hidden_state
-        for layer in range(self.config.num_hidden_layers):
-            cache.write(layer, past.layers[layer].keys[:, :, cache.longest :], past.layers[layer].values[:, :, cache.longest :])
+        for index, layer in enumerate(past.layers):
+            assert isinstance(layer, DynamicLayer), f"layer {index} attends fully, yet its cache is a {type(layer).__name__}"
+            assert layer.keys is not None, "the layer has just run"
+            assert layer.values is not None, "the layer has just run"
+            cache.write(index, layer.keys[:, :, cache.longest :], layer.values[:, :, cache.longest :])
         return hidden
 
     def lm_head(self, hidden: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden)
+        head = self.model.get_output_embeddings()
+        assert head is not None, "a causal model has a head"
+        return head(hidden)

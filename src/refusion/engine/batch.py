@@ -21,7 +21,7 @@ OnEvent = Callable[[Event], None]
 class FindStop(Protocol):
     """Number of answer tokens to keep if a stop string has appeared, else None."""
 
-    def __call__(self, token_ids: list[int]) -> int | None: ...
+    def __call__(self, token_ids: list[int], /) -> int | None: ...
 
 
 @dataclass(frozen=True, slots=True)

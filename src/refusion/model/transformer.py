@@ -92,6 +92,8 @@ class DecoderLayer(nn.Module):
 class Transformer(nn.Module):
     """A Qwen3 or Llama model for inference."""
 
+    inv_freq: Tensor  # [D / 2] float32
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
