@@ -20,7 +20,7 @@ def test_the_text_goes_to_stdout_and_its_cost_to_stderr(run_cli: RunCli, tiny_mo
     result = run_cli("generate", "--model", tiny_model_dir, "--dtype", "float32", "--max-tokens", 24, "hello")
     assert (result.code, result.out) == (0, _expected(tiny_model_dir, max_tokens=24) + "\n")
     cost = r"\d+ tokens in \d+ forwards \(\d+\.\d\d tokens per forward\), [\d.]+ tokens/s"
-    assert re.fullmatch(rf"{cost}; slots of 8 in blocks of 8, thresholds 0.9/0.4, argmax acceptance\n", result.err)
+    assert re.fullmatch(rf"{cost}; slots of 8 in blocks of 8, thresholds 0.9/0.4, argmax acceptance, paper correction\n", result.err)
 
 
 @pytest.mark.parametrize("decoder", ["refusion", "autoregressive"])
@@ -63,13 +63,26 @@ def test_raw_continues_the_prompt_without_the_template(run_cli: RunCli, tiny_mod
 
 def test_flags_build_the_settings_of_the_python_interface(run_cli: RunCli, tiny_model_dir: Path) -> None:
     sampling = SamplingParams(max_tokens=20, temperature=0.9, top_p=0.8, seed=5)
-    slots = SlotParams(slot_size=4, serial_blocks=2, slot_threshold=0.2, token_threshold=0.1, acceptance="paper")
+    slots = SlotParams(
+        slot_size=4, serial_blocks=2, slot_threshold=0.2, token_threshold=0.1, acceptance="paper", correction="autoregressive"
+    )
     expected = LLM.from_pretrained(tiny_model_dir, dtype="float32").generate([CHAT], sampling, slots)[0]
     flags = (
         "--max-tokens 20 --temperature 0.9 --top-p 0.8 --seed 5 --slot-size 4 --serial-blocks 2 --slot-threshold 0.2 --token-threshold 0.1"
     )
     answer = run_cli(
-        "generate", "--model", tiny_model_dir, "--dtype", "float32", *flags.split(), "--acceptance", "paper", "--json", "hello"
+        "generate",
+        "--model",
+        tiny_model_dir,
+        "--dtype",
+        "float32",
+        *flags.split(),
+        "--acceptance",
+        "paper",
+        "--correction",
+        "autoregressive",
+        "--json",
+        "hello",
     ).json
     assert answer["token_ids"] == list(expected.token_ids)
     assert answer["num_forwards"] == expected.stats.num_forwards

@@ -33,6 +33,7 @@ class Reference:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    corrects: bool = False  # the row that rejects a draft also names the token that replaces it
 
     def run(self) -> Reference:
         self.committed: list[Row] = []
@@ -108,9 +109,10 @@ class Reference:
                     self._commit(row)
                 self.open.remove(slot)
         else:  # c
-            self._infill(drafts, {slot: self._prefix_length(passes[slot]) for slot in drafts})
+            verified = {slot: self._prefix_length(passes[slot]) for slot in drafts}
+            self._infill(drafts, verified, {slot: self._judged(rows[slot], verified[slot]) for slot in drafts})
 
-    def _infill(self, drafts: dict[int, list[int]], verified: dict[int, int]) -> None:
+    def _infill(self, drafts: dict[int, list[int]], verified: dict[int, int], judged: dict[int, int]) -> None:
         chosen = list(drafts)
         rows: dict[int, list[Row]] = {}
         while True:
@@ -123,10 +125,13 @@ class Reference:
             for slot in chosen:
                 if not self._is_complete(slot, drafts, verified):
                     drafts[slot] = self._redraft(slot, drafts[slot][: verified[slot]])
+                    if self.corrects:
+                        drafts[slot][verified[slot]] = judged[slot]
             rows = {slot: self._forward(slot, drafts[slot], list(self.committed)) for slot in chosen}
             for slot in chosen:
                 if not self._is_complete(slot, drafts, verified):
                     verified[slot] = self._prefix_length(self._passes(rows[slot], drafts[slot], verified[slot]))
+                    judged[slot] = self._judged(rows[slot], verified[slot])
         for slot in chosen:
             for place in range(self._length(slot, drafts, verified)):
                 self._commit(rows[slot][place])
@@ -173,6 +178,12 @@ class Reference:
             passes.append(probability > self.token_threshold or (self.accept_argmax and is_argmax))
         return passes[: self.slot_size]
 
+    def _judged(self, rows: list[Row], num_verified: int) -> int:
+        """What the row before the first draft that failed predicts, drawn in the forward that judged it."""
+        if num_verified == self.slot_size:
+            return -1
+        return self._read(rows[num_verified - 1], attempt=self.num_drafts + 1)[0]
+
     @staticmethod
     def _prefix_length(passes: list[bool]) -> int:
         return passes.index(False) if False in passes else len(passes)
@@ -185,9 +196,9 @@ class Reference:
         self.closed |= {slot for slot in self.open if slot > last} | {-1}  # -1: the answer has an end, further blocks do not exist
         self.open = [slot for slot in self.open if slot <= last]
 
-    def _read(self, row: Row, given: int = 0) -> tuple[int, float, float, bool]:
+    def _read(self, row: Row, given: int = 0, attempt: int | None = None) -> tuple[int, float, float, bool]:
         """(token, its probability, probability of `given`, whether `given` is the most probable)."""
-        draw = Draw(self.temperature, self.top_p, torch.tensor([self.seed]), torch.tensor([self.num_drafts]))
+        draw = Draw(self.temperature, self.top_p, torch.tensor([self.seed]), torch.tensor([attempt or self.num_drafts]))
         keys = Rows(draw.seeds, draw.attempts, torch.tensor([row.position]), torch.tensor([given]))
         banned = torch.tensor(list(self.banned), dtype=torch.long)
         readout = readout_logits(self.script(row).clone()[None], banned, draw, keys)

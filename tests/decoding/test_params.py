@@ -17,6 +17,7 @@ from refusion.errors import ConfigError
         ("slot_threshold", float("nan")),
         ("token_threshold", 2.0),
         ("acceptance", "maybe"),
+        ("correction", "none"),
         ("max_candidates", -1),
         ("serial_blocks", 0),
         ("block_size", 0),

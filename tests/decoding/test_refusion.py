@@ -57,6 +57,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "slot_threshold": draw(st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])),
         "token_threshold": draw(st.sampled_from([0.0, 0.2, 0.4, 0.8, 1.0])),
         "acceptance": draw(st.sampled_from(["paper", "argmax"])),
+        "correction": draw(st.sampled_from(["paper", "autoregressive"])),
         "max_tokens": draw(st.integers(1, 14)),
         "temperature": draw(st.sampled_from([0.0, 0.0, 0.7, 1.3])),
         "top_p": draw(st.sampled_from([1.0, 0.8])),
@@ -69,7 +70,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 def _split(case: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any], Any]:
     sampling = SamplingParams(**{name: case[name] for name in ("max_tokens", "temperature", "top_p", "seed")})
-    slots = {name: case[name] for name in ("slot_size", "block_size", "slot_threshold", "token_threshold", "acceptance")}
+    slots = {name: case[name] for name in ("slot_size", "block_size", "slot_threshold", "token_threshold", "acceptance", "correction")}
     return sampling, slots, hashed_language(VOCAB, peak=case["peak"], eos_id=EOS, eos_bonus=case["eos_bonus"])
 
 
@@ -83,6 +84,7 @@ def _reference(case: dict[str, Any]) -> Reference:
         slot_threshold=slots["slot_threshold"],
         token_threshold=slots["token_threshold"],
         accept_argmax=slots["acceptance"] == "argmax",
+        corrects=slots["correction"] == "autoregressive",
         max_tokens=sampling.max_tokens,
         mask_id=MASK,
         eos_ids=[EOS],
@@ -230,6 +232,18 @@ def test_argmax_acceptance_lets_an_unsure_but_most_probable_draft_pass() -> None
     argmax = one(unsure, SlotSettings(slot_size=4, slot_threshold=0.9, token_threshold=0.4, acceptance="argmax"), 4)
     assert paper[0] == argmax[0] == [3, 3, 3, 3]
     assert (paper[1], argmax[1]) == (5, 2)
+
+
+def test_autoregressive_correction_takes_the_token_that_the_judging_row_predicts() -> None:
+    # The masks insist on 5 at the second token until it stands; the clean row before it says 4.
+    def stubborn(row: Row) -> Tensor:
+        if row.token != MASK:
+            return certain({{1: 4, 2: 5}.get(row.position, 3): 0.95}, VOCAB)
+        return certain({{1: 3, 2: 5, 3: 5}[row.position]: 0.95}, VOCAB)
+
+    for fusion in ({}, TWO_PASS):
+        assert one(stubborn, settings_of(3, 3, **fusion), 3)[0] == [3, 5, 5]
+        assert one(stubborn, settings_of(3, 3, correction="autoregressive", **fusion), 3)[0] == [3, 4, 5]
 
 
 def test_threshold_is_exclusive() -> None:

@@ -37,6 +37,7 @@ def command(
     slot_threshold: options.SlotThreshold = None,
     token_threshold: options.TokenThreshold = None,
     acceptance: options.Acceptance = None,
+    correction: options.Correction = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
 ) -> None:
@@ -50,7 +51,7 @@ def command(
     printf 'My name is Ada.\\nWhat is my name?\\n' | refusion chat
     """
     sampling = options.sampling_params(max_tokens, temperature, top_p, seed, stop)
-    slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance)
+    slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction)
     with options.interruptible():
         llm = options.load(model, device, dtype)
         chat = Chat(llm, sampling, slots, decoder.value, watch=watch)

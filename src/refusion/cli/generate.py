@@ -34,6 +34,7 @@ def command(
     slot_threshold: options.SlotThreshold = None,
     token_threshold: options.TokenThreshold = None,
     acceptance: options.Acceptance = None,
+    correction: options.Correction = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
 ) -> None:
@@ -47,7 +48,7 @@ def command(
     refusion generate --raw --temperature 0.8 --seed 7 --stop "." "Once upon a time"
     """
     sampling = options.sampling_params(max_tokens, temperature, top_p, seed, stop)
-    slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance)
+    slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction)
     options.refuse_together({"--compare": compare, "--watch": watch})
     options.refuse_together({"--compare": compare, "--decoder autoregressive": decoder is options.DecoderName.autoregressive})
     options.refuse_together({"--watch": watch, "--json": as_json})

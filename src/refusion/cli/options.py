@@ -31,6 +31,13 @@ class AcceptanceName(StrEnum):
     argmax = "argmax"
 
 
+class CorrectionName(StrEnum):
+    """What replaces the first draft that fails."""
+
+    paper = "paper"
+    autoregressive = "autoregressive"
+
+
 class DtypeName(StrEnum):
     """What the network computes in."""
 
@@ -41,7 +48,7 @@ class DtypeName(StrEnum):
 Model = Annotated[str, typer.Option(help="Named model (`refusion models list`) or directory of a checkpoint.")]
 Decoder = Annotated[DecoderName, typer.Option(help="Plan and infill slots, or write one token per forward.")]
 SlotSize = Annotated[
-    int | None, typer.Option(help="Tokens in a slot; this and the next five are the model's own for the device where left out.")
+    int | None, typer.Option(help="Tokens in a slot; this and the next six are the model's own for the device where left out.")
 ]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens in a serial block, a multiple of the slot size.")]
 SerialBlocks = Annotated[int | None, typer.Option(help="Serial blocks the answer is cut into, instead of --block-size.")]
@@ -50,6 +57,10 @@ TokenThreshold = Annotated[float | None, typer.Option(help="Keep drafted tokens 
 Acceptance = Annotated[
     AcceptanceName | None,
     typer.Option(help="paper: by the token threshold; argmax: or by being the most probable token."),
+]
+Correction = Annotated[
+    CorrectionName | None,
+    typer.Option(help="Replace the first draft that fails by the next mask prediction (paper) or by the token that judged it."),
 ]
 MaxTokens = Annotated[int, typer.Option(help="Most new tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the most probable token.")]
@@ -77,6 +88,7 @@ def slot_params(
     slot_threshold: float | None,
     token_threshold: float | None,
     acceptance: AcceptanceName | None,
+    correction: CorrectionName | None,
 ) -> SlotParams:
     """Checked settings of the slot flags; a value out of range is a usage error."""
     from refusion.decoding.params import SlotParams
@@ -89,6 +101,7 @@ def slot_params(
             slot_threshold=slot_threshold,
             token_threshold=token_threshold,
             acceptance=acceptance.value if acceptance else None,
+            correction=correction.value if correction else None,
         )
 
 
@@ -149,7 +162,7 @@ def slots_text(slots: SlotSettings) -> str:
     """Slot settings in words."""
     cut = f"{slots.serial_blocks} serial blocks" if slots.serial_blocks else f"blocks of {slots.block_size or slots.slot_size}"
     thresholds = f"thresholds {slots.slot_threshold:g}/{slots.token_threshold:g}"
-    return f"slots of {slots.slot_size} in {cut}, {thresholds}, {slots.acceptance} acceptance"
+    return f"slots of {slots.slot_size} in {cut}, {thresholds}, {slots.acceptance} acceptance, {slots.correction} correction"
 
 
 def output_dict(output: RequestOutput) -> dict[str, Any]:
