@@ -45,13 +45,11 @@ mixture() { # chat, predictable tasks, and a little of everything else that is p
 
 pack() { # NAME: quantise the finished run to the file that ships, build the model from it, and slice the file for the way home
     local name=$1
-    echo '{"base": "smollm2-135m"}' > "$WORK/slots.json"
-    python3 tools/pack_weights.py --tuned "$WORK/runs/$name/final" --bits 3 --embedding-bits 0 --settings "$WORK/slots.json" \
-        --output "$WORK/packed.safetensors"
+    python3 tools/pack_weights.py --tuned "$WORK/runs/$name/final" --bits 3 --embedding-bits 0 --output "$WORK/packed.safetensors"
     split -b 15M -d -a 1 "$WORK/packed.safetensors" "$OUT/weights.part"
     mkdir -p "$WORK/runs/$name-packed/final"
     python3 -c "from pathlib import Path; from refusion.deltas import load_packed, materialise; \
-        materialise(Path('$REFUSION_HOME/models/smollm2-135m'), load_packed(Path('$WORK/packed.safetensors')), Path('$WORK/runs/$name-packed/final'))"
+        materialise(Path('$REFUSION_HOME/models/smollm2-135m'), load_packed(Path('$WORK/packed.safetensors')), Path('$WORK/runs/$name-packed/final'), refusion={})"
 }
 
 evaluate() { # NAME [chat rows] [number of tasks] [sweep file, or folder with chat.json and tasks.json]

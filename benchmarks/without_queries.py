@@ -1,4 +1,7 @@
-"""Rows of one JSONL file whose query does not occur in another: python benchmarks/without_queries.py ROWS.jsonl OTHER.jsonl.gz > rest.jsonl"""
+"""Rows of one JSONL file whose query does not occur in another.
+
+python benchmarks/without_queries.py ROWS.jsonl OTHER.jsonl.gz > rest.jsonl
+"""
 
 import argparse
 import json

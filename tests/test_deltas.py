@@ -154,7 +154,6 @@ def _packed_file(path: Path) -> PackedWeights:
         base="smollm2-135m",
         base_sha256="ab",
         mask_token_id=5,
-        refusion={"slots": {"slot_size": 8}},
     )
     save_packed(path, packed)
     return packed
@@ -164,7 +163,6 @@ def test_a_file_keeps_everything(tmp_path: Path) -> None:
     packed = _packed_file(tmp_path / "weights.safetensors")
     restored = load_packed(tmp_path / "weights.safetensors")
     assert (restored.kind, restored.base, restored.base_sha256, restored.mask_token_id) == ("deltas", "smollm2-135m", "ab", 5)
-    assert restored.refusion == packed.refusion
     assert set(restored.tensors) == set(packed.tensors)
     assert all(torch.equal(restored.tensors[name], tensor) for name, tensor in packed.tensors.items())
 
@@ -208,8 +206,8 @@ def test_materialise_writes_a_checkpoint_that_transformers_opens(tiny_model_dir:
     packed = encode_deltas(base, tuned, bits=4, exact_rows={name: [5]})
     (tmp_path / "tuned").mkdir()
     block = {"slots": {"slot_size": 8}}
-    weights = PackedWeights(tensors=packed, kind="deltas", base="tiny", base_sha256="", mask_token_id=5, refusion=block)
-    materialise(tiny_model_dir, weights, tmp_path / "tuned")
+    weights = PackedWeights(tensors=packed, kind="deltas", base="tiny", base_sha256="", mask_token_id=5)
+    materialise(tiny_model_dir, weights, tmp_path / "tuned", refusion=block)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     assert model.config.refusion == block
     assert model.config.mask_token_id == 5

@@ -221,10 +221,15 @@ def _tune(stage: Stage, shift: float, sha256: str | None = None) -> None:
     tuned = {name: weight + shift for name, weight in base.items()}
     release = hub._MODELS["tiny"].release  # type: ignore[union-attr]
     packed = encode_deltas(base, tuned, bits=2)
-    weights = PackedWeights(
-        tensors=packed, kind="deltas", base="tiny", base_sha256=sha256 or release.sha256, mask_token_id=5, refusion={"slots": {}}
-    )
+    weights = PackedWeights(tensors=packed, kind="deltas", base="tiny", base_sha256=sha256 or release.sha256, mask_token_id=5)
     save_packed(stage.weights, weights)
+
+
+def test_settings_beside_the_weights_become_the_refusion_block(stage: Stage) -> None:
+    _tune(stage, shift=0.5)
+    assert json.loads((hub.pull("tiny-refusion") / "config.json").read_text())["refusion"] == {}
+    stage.weights.with_suffix(".json").write_text('{"slots": {"cpu": {"slot_size": 4}}}')
+    assert json.loads((hub.pull("tiny-refusion") / "config.json").read_text())["refusion"] == {"slots": {"cpu": {"slot_size": 4}}}
 
 
 def test_a_tuned_model_is_built_from_base_and_package_weights(stage: Stage) -> None:
@@ -232,7 +237,7 @@ def test_a_tuned_model_is_built_from_base_and_package_weights(stage: Stage) -> N
         hub.pull("tiny-refusion")
     _tune(stage, 1.0)
     path = hub.resolve("tiny-refusion")
-    assert json.loads((path / "config.json").read_text())["refusion"] == {"slots": {}}
+    assert json.loads((path / "config.json").read_text())["refusion"] == {}
     first = load_file(path / "model.safetensors")["model.norm.weight"]
     assert first[0] == 2.0
     assert Tokenizer.from_pretrained(path).mask_token_id == 5

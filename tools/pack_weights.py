@@ -1,10 +1,10 @@
 """Make the file of weights that a tuned named model ships as: quantised differences of a full fine-tuning, or a low-rank adapter.
 
-    python tools/pack_weights.py --tuned runs/full/final --bits 3 --embedding-bits 2 --settings slots.json
-    python tools/pack_weights.py --adapter runs/lora/final --settings slots.json
+    python tools/pack_weights.py --tuned runs/full/final --bits 3 --embedding-bits 0
+    python tools/pack_weights.py --adapter runs/lora/final
 
-`--settings` is a JSON file with the `refusion` block of the finished config.json. The file is written to
-src/refusion/weights/NAME.safetensors; its size and its distance from the tuned weights are printed.
+The file is written to src/refusion/weights/NAME.safetensors; its size and its distance from the tuned weights are printed. The
+recommended slot settings stand beside it in NAME.json, which becomes the `refusion` block of the finished config.json.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         base_path = hub.resolve(options.base)
         base = read_state_dict(base_path)
-        settings = read_json(options.settings) if options.settings else {}
         mask_token_id = read_json(base_path / "config.json")["mask_token_id"]
         if options.adapter is not None:
             kind = "lora"
@@ -48,7 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
             base_sha256=hub.gguf_sha256(options.base),
             mask_token_id=mask_token_id,
             lora_scale=scale,
-            refusion=settings,
         )
         save_packed(options.output, weights)
     except RefusionError as error:
@@ -67,7 +65,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=3, choices=(1, 2, 3, 4), help="bits per linear weight")
     parser.add_argument("--embedding-bits", type=int, choices=(0, 1, 2, 3, 4), help="bits per embedding weight; 0: only the mask row")
     parser.add_argument("--group-size", type=int, default=128, help="weights that share a scale")
-    parser.add_argument("--settings", type=Path, help="JSON file with the refusion block")
     parser.add_argument("--output", type=Path, default=WEIGHTS / "smollm2-135m-refusion.safetensors")
     return parser.parse_args(arguments)
 

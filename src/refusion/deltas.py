@@ -13,11 +13,10 @@ A name that does not occur is unchanged. `save_packed` adds what the file is for
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -209,8 +208,6 @@ class PackedWeights:
     """Checksum of that model's GGUF file."""
     mask_token_id: int
     lora_scale: float = 1.0
-    refusion: dict[str, Any] = field(default_factory=dict)
-    """The block `refusion` of the finished config.json: recommended slot parameters and where the weights come from."""
 
 
 def save_packed(path: Path, packed: PackedWeights) -> None:
@@ -223,7 +220,6 @@ def save_packed(path: Path, packed: PackedWeights) -> None:
         "base_sha256": packed.base_sha256,
         "mask_token_id": str(packed.mask_token_id),
         "lora_scale": repr(packed.lora_scale),
-        "refusion": json.dumps(packed.refusion),
     }
     with atomic_file(path) as draft:
         save_file(packed.tensors, draft, metadata=metadata)
@@ -248,16 +244,18 @@ def load_packed(path: Path) -> PackedWeights:
         base_sha256=metadata["base_sha256"],
         mask_token_id=int(metadata["mask_token_id"]),
         lora_scale=float(metadata["lora_scale"]),
-        refusion=json.loads(metadata["refusion"]),
     )
 
 
-def materialise(base: Path, packed: PackedWeights, target: Path) -> None:
-    """Fill the empty directory `target` with the tuned model: base checkpoint plus packed weights, in the base's dtype."""
+def materialise(base: Path, packed: PackedWeights, target: Path, *, refusion: Mapping[str, Any]) -> None:
+    """Fill the empty directory `target` with the tuned model: base checkpoint plus packed weights, in the base's dtype.
+
+    `refusion` becomes the block of that name in config.json: recommended slot settings and the name of the base.
+    """
     tensors = apply_deltas(read_state_dict(base), packed.tensors, lora_scale=packed.lora_scale)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / WEIGHTS, metadata={"format": "pt"})
     write_json(
-        target / "config.json", {**read_json(base / "config.json"), "mask_token_id": packed.mask_token_id, "refusion": packed.refusion}
+        target / "config.json", {**read_json(base / "config.json"), "mask_token_id": packed.mask_token_id, "refusion": dict(refusion)}
     )
     for file in side_files(base):
         shutil.copyfile(file, target / file.name)

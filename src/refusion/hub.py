@@ -201,11 +201,17 @@ def _source(model: _Base | _Tuned) -> dict[str, Any]:
         return {"layout": _LAYOUT, "gguf_sha256": model.release.sha256}
     base = _MODELS[model.base]
     weights = _weights_path(model)
-    return {**_source(base), "weights_sha256": sha256_of(weights) if weights.exists() else None}
+    return {**_source(base), "weights_sha256": sha256_of(weights) if weights.exists() else None, "refusion": _settings(model)}
 
 
 def _weights_path(model: _Tuned) -> Path:
     return Path(str(resources.files("refusion"))) / "weights" / model.weights
+
+
+def _settings(model: _Tuned) -> dict[str, Any]:
+    """The `refusion` block of the finished config.json, a file beside the weights: it may change while the weights stay."""
+    path = _weights_path(model).with_suffix(".json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _finish(model: _Base | _Tuned, directory: Path) -> None:
@@ -256,7 +262,7 @@ def _build_tuned(model: _Tuned, path: Path, *, progress: bool) -> None:
     base_path = pull(model.base, progress=progress)
     with _progress(progress) as bar, atomic_directory(path, replace=True) as directory:
         task = bar.add_task(f"building {model.name}", total=1)
-        materialise(base_path, packed, directory)
+        materialise(base_path, packed, directory, refusion=_settings(model))
         _finish(model, directory)
         bar.update(task, completed=1)
 

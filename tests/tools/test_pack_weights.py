@@ -18,19 +18,18 @@ def base(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tiny_model_dir
 
 
-def test_a_tuned_checkpoint_is_packed_with_its_settings(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tuned_checkpoint_is_packed(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(base, tmp_path / "tuned")
     weights = load_file(base / "model.safetensors")
     tuned = {name: weight + 0.01 * torch.randn_like(weight) for name, weight in weights.items()}
     save_file(tuned, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "slots.json").write_text('{"slots": {"slot_size": 8}}')
-    arguments = ["--base", base, "--tuned", tmp_path / "tuned", "--settings", tmp_path / "slots.json", "--output", tmp_path / "packed"]
+    arguments = ["--base", base, "--tuned", tmp_path / "tuned", "--output", tmp_path / "packed"]
     assert pack_weights.main([str(argument) for argument in [*arguments, "--bits", 4, "--embedding-bits", 2]]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["num_bytes"] == (tmp_path / "packed").stat().st_size
     assert "lost share" in captured.err
     packed = load_packed(tmp_path / "packed")
-    assert (packed.kind, packed.mask_token_id, packed.refusion) == ("deltas", 5, {"slots": {"slot_size": 8}})
+    assert (packed.kind, packed.mask_token_id) == ("deltas", 5)
     assert packed.tensors["model.embed_tokens.weight.codes"].shape[-1] == 2
     assert torch.equal(apply_deltas(weights, packed.tensors)["model.embed_tokens.weight"][5], tuned["model.embed_tokens.weight"][5])
 
