@@ -5,7 +5,7 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python; d
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
-PROMPT ?= Why is the sky blue?
+PROMPT ?= Give me three tips for better sleep.
 
 .PHONY: help demo test check lint types format setup clean
 

@@ -68,6 +68,7 @@ def grouped(traces: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[int, SlotP
             slot_threshold=trace["slot_threshold"],
             token_threshold=trace["token_threshold"],
             acceptance="paper",
+            correction="paper",
         )
         groups[trace["gen_length"], slots].append(trace)
     yield from groups.items()

@@ -66,6 +66,7 @@ def parser(description: str, *, output: str, max_tokens: int = 256) -> argparse.
     slots.add_argument("--slot-threshold", type=float)
     slots.add_argument("--token-threshold", type=float)
     slots.add_argument("--acceptance", choices=["paper", "argmax"])
+    slots.add_argument("--correction", choices=["paper", "autoregressive"])
     slots.add_argument("--two-pass", action="store_true", help="no fused rounds, no fused infill")
     return made
 

@@ -168,7 +168,7 @@ def test_a_checkpoint_without_a_tokenizer_takes_token_ids(golden_dir: Path) -> N
     llm = LLM.from_pretrained(golden_dir / "tiny-refusion")
     trace = next(trace for trace in json.loads((golden_dir / "decode.json").read_text()) if trace["clean"])
     names = ("slot_size", "serial_blocks", "slot_threshold", "token_threshold")
-    slots = SlotParams(**{name: trace[name] for name in names}, acceptance="paper")
+    slots = SlotParams(**{name: trace[name] for name in names}, acceptance="paper", correction="paper")
     output = llm.generate([trace["prompt_ids"]], SamplingParams(max_tokens=trace["gen_length"]), slots)[0]
     assert list(output.token_ids) == trace["output_ids"]
     assert output.text == ""

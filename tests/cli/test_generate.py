@@ -20,7 +20,9 @@ def test_the_text_goes_to_stdout_and_its_cost_to_stderr(run_cli: RunCli, tiny_mo
     result = run_cli("generate", "--model", tiny_model_dir, "--dtype", "float32", "--max-tokens", 24, "hello")
     assert (result.code, result.out) == (0, _expected(tiny_model_dir, max_tokens=24) + "\n")
     cost = r"\d+ tokens in \d+ forwards \(\d+\.\d\d tokens per forward\), [\d.]+ tokens/s"
-    assert re.fullmatch(rf"{cost}; slots of 8 in blocks of 8, thresholds 0.9/0.4, argmax acceptance, paper correction\n", result.err)
+    assert re.fullmatch(
+        rf"{cost}; slots of 8 in blocks of 8, thresholds 0.9/0.4, argmax acceptance, autoregressive correction\n", result.err
+    )
 
 
 @pytest.mark.parametrize("decoder", ["refusion", "autoregressive"])

@@ -70,7 +70,7 @@ def test_a_trace_decoded_alone_is_the_same(golden_model: Transformer, golden_dir
 
     for trace in read_traces(golden_dir / "decode_infill.json")[::10] + read_traces(golden_dir / "decode.json")[::10]:
         names = ("slot_size", "serial_blocks", "slot_threshold", "token_threshold")
-        slots = SlotParams(**{name: trace[name] for name in names}, acceptance="paper", **settings).resolve({})
+        slots = SlotParams(**{name: trace[name] for name in names}, acceptance="paper", correction="paper", **settings).resolve({})
         decoder = ReFusionDecoder(
             forward_of(golden_model), slots, SamplingParams(max_tokens=trace["gen_length"]), mask_id=MASK_ID, eos_ids=torch.tensor([EOS_ID])
         )

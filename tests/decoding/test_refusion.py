@@ -151,7 +151,8 @@ def text_script(text: list[int], masked: dict[int, tuple[int, float]] | None = N
 
 
 def settings_of(slot_size: int, block_size: int, **more: Any) -> SlotSettings:
-    return SlotSettings(slot_size=slot_size, block_size=block_size, slot_threshold=0.9, token_threshold=0.4, acceptance="paper", **more)
+    rules: dict[str, Any] = {"acceptance": "paper", "correction": "paper"}
+    return SlotSettings(slot_size=slot_size, block_size=block_size, slot_threshold=0.9, token_threshold=0.4, **(rules | more))
 
 
 def one(script: Any, slots: SlotSettings, max_tokens: int) -> tuple[list[int], int, ScriptedForward]:
@@ -229,7 +230,7 @@ def test_argmax_acceptance_lets_an_unsure_but_most_probable_draft_pass() -> None
         return certain({3: 0.3}, VOCAB)  # the other five share 0.7: 3 is most probable, yet below the token threshold
 
     paper = one(unsure, settings_of(4, 4), 4)
-    argmax = one(unsure, SlotSettings(slot_size=4, slot_threshold=0.9, token_threshold=0.4, acceptance="argmax"), 4)
+    argmax = one(unsure, SlotSettings(slot_size=4, slot_threshold=0.9, token_threshold=0.4, acceptance="argmax", correction="paper"), 4)
     assert paper[0] == argmax[0] == [3, 3, 3, 3]
     assert (paper[1], argmax[1]) == (5, 2)
 
@@ -249,7 +250,9 @@ def test_autoregressive_correction_takes_the_token_that_the_judging_row_predicts
 def test_threshold_is_exclusive() -> None:
     # Probability 1 does not exceed a threshold of 1: no slot is chosen by score and no draft passes by it.
     script = text_script([3, 4, 5, 3])
-    strict = SlotSettings(slot_size=2, block_size=4, slot_threshold=1.0, token_threshold=1.0, acceptance="paper", **TWO_PASS)
+    strict = SlotSettings(
+        slot_size=2, block_size=4, slot_threshold=1.0, token_threshold=1.0, acceptance="paper", correction="paper", **TWO_PASS
+    )
     token_ids, num_forwards, _ = one(script, strict, 4)
     assert token_ids == [3, 4, 5, 3]
     assert num_forwards == 2 * (2 + 2)  # one slot a round, each infilled

@@ -90,7 +90,7 @@ class SlotSettings:
     slot_threshold: float = 0.9
     token_threshold: float = 0.4
     acceptance: Acceptance = "argmax"
-    correction: Correction = "paper"
+    correction: Correction = "autoregressive"
     max_candidates: int | None = None  # None: every length there is
     fuse_plan: bool = True
 
