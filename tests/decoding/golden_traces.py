@@ -70,7 +70,7 @@ def _decode_batch(forward: ForwardFn, traces: Sequence[Trace], settings: dict[st
         serial_blocks=first["serial_blocks"],
         slot_threshold=_column(traces, "slot_threshold", 1),  # type: ignore[arg-type]  # one threshold a request
         token_threshold=_column(traces, "token_threshold", 2),  # type: ignore[arg-type]
-        **({"acceptance": "paper"} | settings),
+        **({"acceptance": "paper", "correction": "paper"} | settings),
     )
     sampling = SamplingParams(max_tokens=first["gen_length"])
     decoder = ReFusionDecoder(forward, slots, sampling, mask_id=MASK_ID, eos_ids=torch.tensor([EOS_ID]))
