@@ -69,6 +69,7 @@ def grouped(traces: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[int, SlotP
             token_threshold=trace["token_threshold"],
             acceptance="paper",
             correction="paper",
+            max_candidates=512,  # every length there is, as in the figures of the traces
         )
         groups[trace["gen_length"], slots].append(trace)
     yield from groups.items()

@@ -99,6 +99,10 @@ class LLM:
         sampling = sampling or SamplingParams()
         if isinstance(prompts, str):
             raise RequestError("prompts is a single string; put it in a list")
+        if any(isinstance(prompt, dict) for prompt in prompts):
+            raise RequestError("prompts holds a chat message; put the messages of one prompt in a list of their own")
+        if batch_size is not None and batch_size < 1:
+            raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
         prompt_ids = [self._encode(prompt, index) for index, prompt in enumerate(prompts)]
         for index, ids in enumerate(prompt_ids):
             self._check_length(ids, index, sampling)
@@ -218,6 +222,8 @@ def _device(device: str) -> torch.device:
         target = torch.device(device)
     except RuntimeError as error:
         raise RequestError(f"unknown device {device!r}; use cpu or cuda") from error
+    if target.type not in ("cpu", "cuda"):
+        raise RequestError(f"device {device!r} is not supported; use cpu or cuda")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise RequestError("no CUDA device is available to this torch; use device='cpu'")
     return target

@@ -138,12 +138,12 @@ def test_ctrl_c_prints_what_was_final_and_exits_with_130(
 BAD_FLAGS = {
     "--slot-threshold 1.5": "--slot-threshold is 1.5; it must be in [0, 1]",
     "--token-threshold -0.1": "--token-threshold is -0.1; it must be in [0, 1]",
-    "--slot-size 0": "--slot-size is 0; it must be at least 1",
+    "--slot-size 0": "--slot-size is 0; it must be in [1, 256]",
     "--slot-size 4 --block-size 6": "--block-size is 6; it must be a multiple of slot_size=4",
     "--block-size 8 --serial-blocks 2": "--serial-blocks is 2; it must be left out where block_size is given",
     "--max-tokens 0": "--max-tokens is 0; it must be at least 1",
     "--top-p 0": "--top-p is 0.0; it must be in (0, 1]",
-    "--temperature -1": "--temperature is -1.0; it must be 0 or above",
+    "--temperature -1": "--temperature is -1.0; it must be 0 (greedy) or at least 0.001",
     "--compare --watch": "--compare and --watch do not go together; leave one out",
 }
 
@@ -201,3 +201,9 @@ def test_help_shows_runnable_examples(run_cli: RunCli) -> None:
     result = run_cli("generate", "--help")
     assert result.code == 0
     assert 'refusion generate --compare "' in result.out
+
+
+def test_input_that_is_no_text_is_one_line(run_cli: RunCli, tiny_model_dir: Path) -> None:
+    result = run_cli("generate", "--model", tiny_model_dir, "-", stdin="\udcff\udcfe")
+    assert result.code == 1
+    assert "standard input is not UTF-8 text" in result.err

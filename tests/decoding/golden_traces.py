@@ -18,6 +18,7 @@ from refusion.decoding.refusion import ReFusionDecoder
 
 MASK_ID, EOS_ID = 2, 1
 TWO_PASS = {"fuse_plan": False, "max_candidates": 0}
+MANY = 512  # prepared lengths: all there are
 
 Trace = dict[str, Any]
 
@@ -70,7 +71,7 @@ def _decode_batch(forward: ForwardFn, traces: Sequence[Trace], settings: dict[st
         serial_blocks=first["serial_blocks"],
         slot_threshold=_column(traces, "slot_threshold", 1),  # type: ignore[arg-type]  # one threshold a request
         token_threshold=_column(traces, "token_threshold", 2),  # type: ignore[arg-type]
-        **({"acceptance": "paper", "correction": "paper"} | settings),
+        **({"acceptance": "paper", "correction": "paper", "max_candidates": MANY} | settings),
     )
     sampling = SamplingParams(max_tokens=first["gen_length"])
     decoder = ReFusionDecoder(forward, slots, sampling, mask_id=MASK_ID, eos_ids=torch.tensor([EOS_ID]))

@@ -93,3 +93,14 @@ def test_the_answer_is_cut_into_blocks(settings: dict[str, int], max_tokens: int
 def test_candidates_end_where_a_slot_has_no_further_length() -> None:
     assert [SlotSettings(slot_size=4, max_candidates=most).candidates() for most in (None, 0, 2, 9)] == [3, 0, 2, 3]
     assert SlotSettings(slot_size=1).candidates() == 0
+
+
+def test_long_slots_prepare_only_what_free_rows_hold() -> None:
+    # 31 + 30 + 29 + 28 + 27 + 26 = 171 rows; the seventh length would need 25 more than the 192 that are free.
+    assert [SlotSettings(slot_size=size).candidates() for size in (8, 16, 32, 256)] == [7, 15, 6, 0]
+
+
+@pytest.mark.parametrize(("field", "value"), [("seed", 2**63), ("temperature", 1e-38), ("stop", "abc")])
+def test_sampling_settings_that_would_misbehave_are_refused(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=field):
+        SamplingParams(**{field: value})  # type: ignore[arg-type]

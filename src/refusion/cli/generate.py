@@ -77,7 +77,17 @@ def command(
 
 def _read(prompt: str) -> str:
     """The prompt, from standard input where it is `-`. Raises `RequestError` if there is nothing in it."""
-    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    text = _stdin().removesuffix("\n") if prompt == "-" else prompt
     if not text.strip():
         raise RequestError("the prompt is empty; give it some text")
+    return text
+
+
+def _stdin() -> str:
+    """All of standard input. Raises `RequestError` for bytes that are no text."""
+    try:
+        text = sys.stdin.read()
+        text.encode()  # a stream that lets undecodable bytes through does so as lone surrogates
+    except UnicodeError as error:
+        raise RequestError(f"standard input is not UTF-8 text ({error.reason}); convert it first") from error
     return text

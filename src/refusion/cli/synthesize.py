@@ -38,6 +38,7 @@ def command(
 
     from refusion import hub
     from refusion.errors import ConfigError
+    from refusion.model.config import ModelConfig
     from refusion.synthesis.jsonl import read_queries
     from refusion.synthesis.sampler import Sampler
     from refusion.synthesis.selfwritten import Progress, SelfWriter, SynthesisSettings
@@ -52,6 +53,7 @@ def command(
     asked = None if queries is None else read_queries(queries)
     held_out = [query for path in exclude or [] for query in read_queries(path)]
     path = hub.resolve(model)
+    ModelConfig.from_pretrained(path)  # refuses what is no checkpoint of ours, in one line
     sampler = Sampler(path, device=device, dtype=to_dtype(dtype))
     started = time.monotonic()
 

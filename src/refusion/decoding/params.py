@@ -3,9 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any, Literal
 
 from refusion.errors import ConfigError
+
+MAX_SLOT_SIZE = 256
+"""Longer slots gain nothing and cost memory by their square."""
+FREE_ROWS = 192
+"""Mask rows a slot's infill groups may take: up to about 200 rows, a GPU forward at batch 1 costs the same (DESIGN 1)."""
 
 Acceptance = Literal["paper", "argmax"]
 Correction = Literal["paper", "autoregressive"]
@@ -30,9 +36,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        _require(self.temperature >= 0.0 and math.isfinite(self.temperature), "temperature", self.temperature, "0 or above")
+        is_usable = self.temperature == 0.0 or (self.temperature >= 1e-3 and math.isfinite(self.temperature))
+        _require(is_usable, "temperature", self.temperature, "0 (greedy) or at least 0.001")
         _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "in (0, 1]")
-        _require(all(self.stop), "stop", self.stop, "non-empty strings")
+        _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
+        _require(not isinstance(self.stop, str) and all(self.stop), "stop", self.stop, "a tuple of non-empty strings")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,11 +99,11 @@ class SlotSettings:
     token_threshold: float = 0.4
     acceptance: Acceptance = "argmax"
     correction: Correction = "autoregressive"
-    max_candidates: int | None = None  # None: every length there is
+    max_candidates: int | None = None  # None: what FREE_ROWS allows
     fuse_plan: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.slot_size >= 1, "slot_size", self.slot_size, "at least 1")
+        _require(1 <= self.slot_size <= MAX_SLOT_SIZE, "slot_size", self.slot_size, f"in [1, {MAX_SLOT_SIZE}]")
         _require(0.0 <= self.slot_threshold <= 1.0, "slot_threshold", self.slot_threshold, "in [0, 1]")
         _require(0.0 <= self.token_threshold <= 1.0, "token_threshold", self.token_threshold, "in [0, 1]")
         _require(self.acceptance in ("paper", "argmax"), "acceptance", self.acceptance, "'paper' or 'argmax'")
@@ -117,9 +125,15 @@ class SlotSettings:
         return math.ceil(max_tokens / self.slot_size)
 
     def candidates(self) -> int:
-        """Accepted lengths a fused infill forward prepares for: 1 .. this many beyond what is verified."""
-        most = self.slot_size - 1
-        return most if self.max_candidates is None else min(self.max_candidates, most)
+        """Accepted lengths a fused infill forward prepares for: 1 .. this many beyond what is verified.
+
+        Length a takes slot_size - a mask rows. Unless max_candidates says otherwise, as many lengths as FREE_ROWS rows hold: all 15 for
+        slots of 16, 6 for slots of 32.
+        """
+        if self.max_candidates is not None:
+            return min(self.max_candidates, self.slot_size - 1)
+        rows = accumulate(self.slot_size - length for length in range(1, self.slot_size))
+        return sum(total <= FREE_ROWS for total in rows)
 
 
 def _require(is_fine: bool, field: str, value: object, wanted: str) -> None:
