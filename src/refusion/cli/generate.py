@@ -89,5 +89,5 @@ def _stdin() -> str:
         text = sys.stdin.read()
         text.encode()  # a stream that lets undecodable bytes through does so as lone surrogates
     except UnicodeError as error:
-        raise RequestError(f"standard input is not UTF-8 text ({error.reason}); convert it first") from error
+        raise RequestError(f"standard input is not UTF-8 text ({error}); convert it first") from error
     return text
