@@ -65,8 +65,8 @@ def run_batch(
                 answer = _answer(decoder, row, first_request + requests[row], stop, time.perf_counter() - started)
                 requests[row] = -1  # delivered, still a row of the batch
                 if on_event is not None:
-                    yield_event = Event("finished", answer.request, answer.num_forwards, -1, 0, (), finish_reason=_reason(answer))
-                    on_event(yield_event)
+                    event = Event("finished", answer.request, answer.num_forwards, -1, 0, (), finish_reason=_reason(answer))
+                    on_event(event)
                 yield answer
         requests = _compact(decoder, requests, device)
 
