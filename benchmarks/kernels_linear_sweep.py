@@ -1,0 +1,268 @@
+"""Measure which tiles suit which product: candidates from a small cost model, compiled in parallel, timed in CUDA graphs.
+
+Weights rotate through a pool larger than the L2 cache, so each one comes from memory as in a real forward. The most valuable shapes come
+first and the budget is kept: what was not reached is simply absent from the table, and `choose_config` falls back to its heuristic.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernels_linear_products import Inputs, Product, compile_for_h100, make_inputs, products, run
+
+from refusion.model.kernels.config import Config, cover
+
+MAX_CANDIDATES = 12
+SHARED_LIMIT = 227 * 1024
+ROTATION = 160e6  # bytes of weights between two uses of the same one; the L2 cache of an H100 holds 50 MB
+POOL = 640_000_000  # weights in the pool, at least the largest head
+MEMORY, L2, TENSOR = 3.0e12, 5.5e12, 6e14  # bytes, bytes and operations a second an H100 reaches; only the ranking of candidates uses them
+LATENCY = 0.8e-6  # seconds until a first load arrives
+PRIORITY = (
+    *(("qwen3-8b", rows) for rows in (1, 32, 192, 128)),
+    *(("smollm2-135m", rows) for rows in (16, 32, 64, 1)),
+    *(("qwen3-8b", rows) for rows in (64, 16, 256)),
+    *(("smollm2-135m", rows) for rows in (128, 192, 256)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One candidate of one product; config None = the library."""
+
+    product: Product
+    num_rows: int
+    config: Config | None
+    quantized: str | None = None
+
+
+def candidates(product: Product, num_rows: int, limit: int = MAX_CANDIDATES) -> list[Config]:
+    """The most promising configs by the cost model, at most two of a family, so that a wrong model does not drop what would have won."""
+    block_t, extra_t = cover(num_rows)
+    rows = block_t + extra_t
+    has_norm = product.kind != "linear_add"
+    found: list[tuple[float, Config]] = []
+    for block_n in (16, 32, 64, 128, 256):
+        for block_k in (64, 128, 256, 512, 1024):
+            for split_k in (1,) if product.kind == "readout" else (1, 2, 3, 4, 6, 8):
+                for num_stages in (2, 3, 4, 5, 6):  # 2: no loop, no pipeline
+                    for num_warps in (4, 8):
+                        for lanes in (1, num_warps):
+                            for prenorm in (False, True) if has_norm and rows >= 64 else (False,):
+                                config = Config(block_n, block_k, split_k, num_stages, num_warps, block_t, extra_t, lanes, prenorm)
+                                if is_sensible(product, config):
+                                    found.append((estimate(product, config), config))
+    found.sort(key=lambda pair: pair[0])
+    kept: list[Config] = []
+    for _, config in found:
+        if sum(_family(product, like) == _family(product, config) for like in kept) < 2:
+            kept.append(config)
+    return kept[:limit]
+
+
+def _family(product: Product, config: Config) -> tuple[int, int, bool, bool, bool]:
+    return config.block_n, config.split_k, config.lanes > 1, config.prenorm, config.block_k < product.num_in
+
+
+def is_sensible(product: Product, config: Config) -> bool:
+    """Whether a config could win and fits the machine."""
+    blocks = -(-product.num_in // config.block_k)
+    if config.lanes > 1 and (config.block_n > 32 or config.rows > 64 or config.block_k < 32 * config.lanes):
+        return False  # what wgmma can take, or too little for each warp
+    if config.block_k >= product.num_in:  # no loop: everything passes through registers at once
+        in_registers = config.block_k * (config.rows + config.block_n) // (32 * config.num_warps)
+        return config.split_k == 1 and config.num_stages == 2 and in_registers <= 192 and config.block_k < 2 * product.num_in
+    accumulators = config.block_n * config.rows // (32 * config.num_warps)
+    return (
+        3 <= config.num_stages <= blocks // config.split_k + 1
+        and blocks >= 2 * config.split_k
+        and shared_bytes(config) <= SHARED_LIMIT
+        and accumulators <= (128 if config.rows < 128 else 192)
+        and config.block_n * config.block_k >= 32 * config.num_warps * 8
+        and (config.block_n >= 64 or config.rows <= 64)
+        and (config.block_n <= 128 or config.rows >= 128)
+        # The rows pass through registers to be scaled: at most 64 values a thread.
+        and (config.prenorm or product.kind == "linear_add" or config.rows * config.block_k <= 64 * 32 * config.num_warps)
+    )
+
+
+def shared_bytes(config: Config) -> int:
+    return config.num_stages * config.block_k * (config.block_n + config.rows) * 2
+
+
+def estimate(product: Product, config: Config) -> float:
+    """Seconds by a roofline with waves and latency: good enough to drop what cannot win."""
+    tiles = -(-product.num_out // config.block_n)
+    programs = tiles * config.split_k
+    looped = config.block_k < product.num_in
+    resident = max(1, min(SHARED_LIMIT // (shared_bytes(config) + 1024) if looped else 2, 16 // config.num_warps, 8))
+    waves = programs / (132 * resident)
+    efficiency = 1.0 if waves > 8 else min(1.0, programs / 132) if waves <= 1 else waves / -(-waves // 1)
+    in_flight = min(programs, 132 * resident) * config.block_n * config.block_k * 2 * (config.num_stages - 1.5 if looped else 1)
+    weights = product.num_out * product.num_in * 2
+    reread = tiles * config.rows * product.num_in * 2
+    partials = (2 * programs * config.block_n * config.rows * 4) if config.split_k > 1 else 0
+    padded = 2 * max(64, config.block_n) / config.block_n * product.num_out * product.num_in * config.rows
+    step = 12e-9 if config.block_n >= 64 else 20e-9  # of a chain of dependent tensor core instructions, 16 columns each
+    chain = step * product.num_in / (16 * config.split_k * config.lanes) * max(1.0, waves)
+    memory = weights / min(MEMORY, in_flight / LATENCY)
+    rounds = -(-product.num_in // (config.block_k * config.split_k))
+    latency = LATENCY * (1 + rounds / max(1, config.num_stages - 1) / 4) * max(1.0, waves)
+    extra = 1.5e-6 * config.prenorm
+    if config.split_k > 1:  # one program reads all parts of its tile, alone
+        extra += 1e-6 + config.split_k * config.block_n * config.rows * 4 / 1e11
+    return max(memory, (weights + reread + partials) / L2, padded / TENSOR, chain) / efficiency + latency + extra
+
+
+def sweep(output: Path, budget: float, num_workers: int, tiny: bool) -> int:
+    """Measure until the budget is spent; writes tuned.json and sweep.json below `output`. Returns the exit code."""
+    started = time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
+    order = (("tiny", 3), ("tiny", 17)) if tiny else PRIORITY
+    groups = [
+        (product, rows, candidates(product, rows, 2 if tiny else MAX_CANDIDATES)) for model, rows in order for product in products(model)
+    ]
+    jobs = [Job(product, rows, config) for product, rows, configs in groups for config in configs]
+    pool = None if tiny else torch.randn(POOL, device="cuda", dtype=torch.bfloat16).mul_(0.02)
+    log: list[dict[str, Any]] = []
+    tuned: dict[str, Any] = {}
+    num_done = 0
+    with _workers(num_workers) as workers:
+        compiled = workers.imap(_compile, jobs, chunksize=2)
+        for product, rows, configs in groups:
+            if time.perf_counter() - started > budget:
+                break
+            faults = [next(compiled) for _ in configs]
+            inputs = make_inputs(product, rows, "cpu" if tiny else "cuda", torch.bfloat16)
+            entries = [measure(Job(product, rows, None), inputs, pool)] if product.kind != "readout" else []
+            for config, fault in zip(configs, faults, strict=True):
+                job = Job(product, rows, config)
+                entries.append(_entry(job, error=fault) if fault else measure(job, inputs, pool))
+            log += entries
+            _keep_best(product, rows, entries, tuned)
+            num_done += 1
+        workers.terminate()
+    (output / "tuned.json").write_text(
+        "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(tuned[name])}" for name in sorted(tuned)) + "\n}\n"
+    )
+    (output / "sweep.json").write_text(json.dumps(log, indent=1) + "\n")
+    seconds = time.perf_counter() - started
+    print(f"{num_done} of {len(groups)} products, {len(log)} measurements, {sum('error' in e for e in log)} failed, {seconds:.0f} s")
+    return 0
+
+
+def compile_all(jobs: list[Job], num_workers: int) -> None:
+    """Compile in parallel what would otherwise be compiled one after the other at its first use."""
+    with _workers(num_workers) as workers:
+        for fault in filter(None, workers.map(_compile, jobs, chunksize=1)):
+            print(f"  did not compile: {fault}", file=sys.stderr)
+
+
+def _workers(num: int) -> Any:
+    """Compile workers; they must not interpret, even if this process does."""
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        return multiprocessing.get_context("spawn").Pool(num)
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
+
+
+def _compile(job: Job) -> str:
+    """Compile one candidate into the disk cache. Returns what went wrong, or nothing."""
+    assert job.config is not None
+    try:
+        kernels = compile_for_h100(job.product, job.num_rows, job.config, job.quantized)
+    except Exception as error:  # any compiler failure only loses this candidate; it is logged
+        return f"{type(error).__name__}: {error}"[:300]
+    shared = max(kernel.metadata.shared for kernel in kernels)
+    return f"needs {shared} bytes of shared memory" if shared > SHARED_LIMIT else ""
+
+
+def measure(job: Job, inputs: Inputs, pool: torch.Tensor | None) -> dict[str, Any]:
+    """Time one candidate; a failing one becomes a log entry with an error."""
+    num_weights = job.product.num_out * job.product.num_in
+    shape = (job.product.num_out, job.product.num_in)
+    if pool is None:
+        weights = [torch.randn(shape, dtype=torch.bfloat16)]
+    else:
+        count = max(1, min(pool.numel() // num_weights, int(ROTATION / (2 * num_weights)) + 1))
+        weights = [pool[i * num_weights : (i + 1) * num_weights].view(shape) for i in range(count)]
+    begin = time.perf_counter()
+    try:
+        run(job.product, inputs, weights[0], job.config)
+        if pool is not None:
+            torch.cuda.synchronize()
+        first_call = time.perf_counter() - begin  # far above 0.1 s: the compiled kernel was not found in the cache
+        seconds = time_calls([lambda weight=weight: run(job.product, inputs, weight, job.config) for weight in weights], pool is not None)
+    except Exception as error:  # out of resources at launch and the like: this candidate is lost, the sweep goes on
+        return _entry(job, error=f"{type(error).__name__}: {error}"[:300])
+    return _entry(job, microseconds=seconds * 1e6, terabytes_per_second=2 * num_weights / seconds / 1e12, first_call_seconds=first_call)
+
+
+def time_calls(calls: list[Callable[[], Any]], on_gpu: bool = True) -> float:
+    """Seconds per call of all calls in a row, captured in one CUDA graph; median of five timings."""
+    if not on_gpu:
+        begin = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - begin) / len(calls)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()  # libraries allocate their workspace for this stream
+        graph.capture_begin()  # not torch.cuda.graph, whose garbage collection takes longer than the measurement
+        for call in calls:
+            call()
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph.replay()
+    single = _time_replays(graph, 1)
+    num_replays = max(1, min(50, int(2e-3 / single)))
+    return statistics.median(_time_replays(graph, num_replays) for _ in range(5)) / len(calls)
+
+
+def _time_replays(graph: torch.cuda.CUDAGraph, count: int) -> float:
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    for _ in range(count):
+        graph.replay()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) * 1e-3 / count
+
+
+def _entry(job: Job, **figures: Any) -> dict[str, Any]:
+    config = None if job.config is None else job.config.to_dict()
+    return {
+        "product": f"{job.product.model} {job.product.name}",
+        "key": job.product.key(job.num_rows, "bfloat16"),
+        "config": config,
+        **figures,
+    }
+
+
+def _keep_best(product: Product, rows: int, entries: list[dict[str, Any]], tuned: dict[str, Any]) -> None:
+    for entry in entries:
+        if "error" in entry:
+            print(f"  skipped {entry['key']} {entry['config']}: {entry['error']}", file=sys.stderr)
+    measured = [entry for entry in entries if "error" not in entry]
+    if not measured:
+        return
+    best = min(measured, key=lambda entry: entry["microseconds"])
+    tuned[product.key(rows, "bfloat16")] = best["config"]
+    library = next((entry for entry in measured if entry["config"] is None), None)
+    against = f"library {library['microseconds']:8.1f} us" if library else ""
+    choice = "library" if best["config"] is None else " ".join(f"{name}={value}" for name, value in best["config"].items() if value)
+    reached = f"{best['microseconds']:8.1f} us {best['terabytes_per_second']:5.2f} TB/s"
+    print(f"{product.model:13} {product.name:13} T={rows:<4} {reached}  {against}  {choice}", flush=True)

@@ -1,0 +1,119 @@
+"""Tile shapes of the weight-streaming product: measured ones from tuned.json, a heuristic for the rest.
+
+At few rows the weights dominate, so what counts is bytes in flight: every program of a launch should be resident at once, all together
+holding a few megabytes of loads (memory latency times bandwidth), and every weight should be read once. From about a hundred rows on,
+the tensor cores and the re-reading of x from the L2 cache (once per `block_n` weight rows) count too, so tiles grow.
+"""
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["norm_linear", "norm_gated", "linear_add", "readout"]
+
+SKINNY_ROWS = 64
+"""Above so many rows an unmeasured bfloat16 product goes to cuBLAS."""
+
+NUM_PROGRAMS = 132
+"""Streaming multiprocessors of an H100; fewer programs leave bandwidth unused."""
+
+SHARED_BYTES = 96 * 1024
+"""Shared memory the heuristic spends on a program: all of a small GPU's multiprocessor, less than half of an H100's."""
+
+WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "float8": 1}
+"""Bytes of a weight."""
+
+TUNED = Path(__file__).with_name("tuned.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How one product is cut into programs. All sizes are powers of two, at least 16, but for split_k and num_stages."""
+
+    block_n: int  # weight rows of a tile; a gated product has half gate, half up rows
+    block_k: int
+    split_k: int  # programs that share a tile, each with a part of K; the last to arrive adds up
+    num_stages: int  # of the software pipeline; the loads in flight
+    num_warps: int
+    block_t: int  # rows of x of a tile
+    extra_t: int = 0  # rows of a second accumulator, 0 = none: 192 rows are 128 + 64, where one power of two would waste a quarter
+    lanes: int = 1  # parts of a block of K multiplied side by side, one a warp; for small tiles, up to num_warps
+    prenorm: bool = False  # normalise x in a kernel of its own first, instead of inside the loop of every program
+
+    @property
+    def rows(self) -> int:
+        return self.block_t + self.extra_t
+
+    def tiles(self, num_rows: int, num_out: int) -> tuple[int, int]:
+        """Row tiles and weight tiles of a product."""
+        return -(-num_rows // self.rows), -(-num_out // self.block_n)
+
+    def to_dict(self) -> dict[str, int | bool]:
+        return asdict(self)
+
+
+def choose_config(num_out: int, num_in: int, num_rows: int, kind: Kind, dtype: str) -> Config | None:
+    """Tiles for `num_rows` rows of x times a weight [num_out, num_in] stored as `dtype`; None: the library's product is faster."""
+    for most_rows, config in _tuned().get((kind, num_out, num_in, dtype), ()):
+        if num_rows <= most_rows:
+            return config
+    if dtype == "float32" and kind != "readout":
+        return None
+    if dtype in ("bfloat16", "float16") and kind != "readout" and num_rows > SKINNY_ROWS:
+        return None
+    return heuristic(num_out, num_in, num_rows, kind, dtype)
+
+
+def heuristic(num_out: int, num_in: int, num_rows: int, kind: Kind, dtype: str) -> Config:
+    """A sound choice for any shape, without measurements."""
+    block_t, extra_t = cover(num_rows)
+    rows = block_t + extra_t
+    most = 64 if rows <= 64 else 128
+    block_n = next((size for size in (128, 64, 32) if size <= most and num_out // size >= NUM_PROGRAMS - 4), 16)
+    if rows > 64:
+        block_n = max(block_n, 64)  # below, the tensor cores of Hopper cannot be used through wgmma
+    is_whole = num_in <= 1024 and rows <= 32 and block_n <= 32 and WIDTHS[dtype] <= 2
+    if is_whole:
+        block_k = next_power(num_in)  # no loop at all: one latency, and the norm is exact
+    else:
+        block_k = min(256 if block_n <= 32 and rows <= 32 else 128 if rows <= 64 else 64, next_power(num_in))
+    tiles, blocks = -(-num_out // block_n), -(-num_in // block_k)
+    # At least 4 blocks a part, or the pipeline never fills and adding up the parts costs more than it wins.
+    split_k = max(1, min(2 * NUM_PROGRAMS // tiles, blocks // 4)) if tiles < NUM_PROGRAMS // 2 and kind != "readout" else 1
+    stage = block_k * (block_n * WIDTHS[dtype] + rows * (4 if dtype == "float32" else 2))
+    num_stages = max(2, min(5, SHARED_BYTES // stage))
+    num_warps = 8 if is_whole or block_n * rows >= 128 * 128 else 4
+    lanes = num_warps if block_n <= 32 and rows <= 32 and block_k >= 32 * num_warps else 1
+    return Config(block_n, block_k, split_k, num_stages, num_warps, block_t, extra_t, lanes, prenorm=rows > 64)
+
+
+def cover(num_rows: int) -> tuple[int, int]:
+    """block_t and extra_t that hold `num_rows` rows with little waste; past 256 rows, tiles of 128 in the grid."""
+    if num_rows > 256:
+        return 128, 0
+    power = next_power(num_rows)
+    extra = next_power(num_rows - power // 2)  # 192 -> 128 + 64
+    return (power // 2, extra) if extra < power // 2 else (power, 0)
+
+
+def next_power(size: int) -> int:
+    """The smallest power of two that is at least `size` and 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def key(kind: Kind, num_out: int, num_in: int, num_rows: int, dtype: str) -> str:
+    """Name of an entry in tuned.json."""
+    return f"{kind}:{num_out}:{num_in}:{num_rows}:{dtype}"
+
+
+@functools.cache
+def _tuned() -> dict[tuple[str, int, int, str], list[tuple[int, Config | None]]]:
+    """Measured choices by product, in order of rows; an entry serves every number of rows down to the next smaller one."""
+    table: dict[tuple[str, int, int, str], list[tuple[int, Config | None]]] = {}
+    for name, entry in json.loads(TUNED.read_text()).items():
+        kind, num_out, num_in, num_rows, dtype = name.split(":")
+        config = None if entry is None else Config(**entry)
+        table.setdefault((kind, int(num_out), int(num_in), dtype), []).append((int(num_rows), config))
+    return {product: sorted(entries, key=lambda entry: entry[0]) for product, entries in table.items()}

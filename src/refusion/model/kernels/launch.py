@@ -1,0 +1,83 @@
+"""How the kernels of this package are started: programmatic dependent launch, arrival counters, compiling without running.
+
+Every kernel takes a constexpr `PDL`. Where it is set, a kernel may start while the one before it still runs and calls `gdc_wait` in *every*
+program before it touches anything an earlier kernel wrote. Since no program gets past its wait before the previous grid is complete, and
+that one waited likewise, everything launched earlier is complete too: a chain of such kernels needs no other order.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+NUM_COUNTERS = 16384
+"""Arrival counters of a device, one per output tile whose K is split."""
+
+_forced: bool | None = None
+_compiling = False
+_counters: dict[torch.device, Tensor] = {}
+
+
+def pdl() -> bool:
+    """Whether kernels are launched as programmatic dependents: on Hopper and later unless `set_pdl` says otherwise, never interpreted."""
+    if interpreted():
+        return False
+    return _has_pdl() if _forced is None else _forced
+
+
+def set_pdl(enabled: bool | None) -> None:
+    """Switch programmatic dependent launch on or off; None = by device. Graphs captured before keep what they were captured with."""
+    global _forced
+    _forced = enabled
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
+    return knobs.runtime.interpret
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> Any:
+    """Run `kernel` on `grid` with `PDL` as it is switched; `constants` are its constexprs and Triton's options."""
+    if pdl():
+        constants |= {"PDL": True, "launch_pdl": True}
+    else:
+        constants |= {"PDL": False}
+    if _compiling:
+        return compiled.append(kernel.warmup(*arguments, grid=grid, **constants))
+    return kernel[grid](*arguments, **constants)
+
+
+compiled: list[Any] = []
+"""What `compile_only` compiled, in order."""
+
+
+@contextmanager
+def compile_only() -> Iterator[list[Any]]:
+    """Inside, `launch` compiles (into Triton's disk cache) and runs nothing, so the operators may be called with meta tensors."""
+    global _compiling
+    _compiling = True
+    compiled.clear()
+    try:
+        yield compiled
+    finally:
+        _compiling = False
+
+
+def counters(device: torch.device) -> Tensor:
+    """[NUM_COUNTERS] int32 zeros; whoever counts up resets to zero, so that captured graphs replay.
+
+    All kernels of a device share them: two streams of one device must not run split products at the same time.
+    """
+    if device not in _counters:
+        assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "run once before capturing a graph"
+        _counters[device] = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+    return _counters[device]
+
+
+@functools.cache
+def _has_pdl() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)

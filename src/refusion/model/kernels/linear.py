@@ -1,0 +1,314 @@
+"""Products of few rows with big weights, fused with what stands before and after them in a transformer layer.
+
+One kernel serves all: `stream` reads each weight once, the epilogue scales, adds and gates in float32 and rounds once, where the plain
+twins in `refusion.model.ops` round after each step. Where cuBLAS is faster (many rows) or exact float32 is wanted, `choose_config` says
+so and the library multiplies, between small elementwise kernels.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refusion.model.kernels.config import Config, Kind, choose_config
+from refusion.model.kernels.launch import NUM_COUNTERS, counters, launch
+from refusion.model.kernels.norms import rms_norm, silu_multiply
+from refusion.model.kernels.stream import stream
+from refusion.model.quantize import QuantizedWeight
+
+# T = rows, K = in features, N = out features, I = intermediate features
+
+AUTO = Config(0, 0, 0, 0, 0, 0)
+"""Stands for `choose_config`; a benchmark names a config of its own, or None for the library."""
+
+_DTYPES = {
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "float8",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+}
+
+
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    config: Config | None = AUTO,
+) -> Tensor:
+    """[T, N] = rms_norm(x) @ weight.T (+ bias)."""
+    config = resolve(config, x, weight, "norm_linear")
+    if config is None:
+        return F.linear(rms_norm(x, norm_weight, eps), as_plain(weight), bias)
+    return _run(x, weight, config, norm=(norm_weight, eps), bias=bias)
+
+
+def norm_gated(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor | QuantizedWeight, *, config: Config | None = AUTO) -> Tensor:
+    """[T, I] = silu(rms_norm(x) @ gate.T) * (rms_norm(x) @ up.T); `weight` [2I, K] holds the rows of gate, then those of up."""
+    config = resolve(config, x, weight, "norm_gated")
+    if config is None:
+        return silu_multiply(F.linear(rms_norm(x, norm_weight, eps), as_plain(weight)))
+    return _run(x, weight, config, norm=(norm_weight, eps), is_gated=True)
+
+
+def linear_add(
+    x: Tensor, weight: Tensor | QuantizedWeight, residual: Tensor, bias: Tensor | None = None, *, config: Config | None = AUTO
+) -> Tensor:
+    """[T, N] = residual + x @ weight.T (+ bias)."""
+    config = resolve(config, x, weight, "linear_add")
+    if config is None:
+        return F.linear(x, as_plain(weight), bias).add_(residual)
+    return _run(x, weight, config, residual=residual, bias=bias)
+
+
+def resolve(config: Config | None, x: Tensor, weight: Tensor | QuantizedWeight, kind: Kind) -> Config | None:
+    """The config to use: the one given, or for AUTO the chosen one."""
+    assert x.shape[1] == weight.shape[1], f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}"
+    assert x.stride(1) == 1, f"rows of x must be contiguous, not strided by {x.stride()}"
+    if config is not AUTO:
+        return config
+    data = weight.data if isinstance(weight, QuantizedWeight) else weight
+    return choose_config(weight.shape[0], weight.shape[1], x.shape[0], kind, _DTYPES[data.dtype])
+
+
+def as_plain(weight: Tensor | QuantizedWeight) -> Tensor:
+    """The library multiplies plain weights only; `choose_config` never sends it quantised ones."""
+    assert isinstance(weight, Tensor), "a quantised weight needs a kernel config"
+    return weight
+
+
+class Operand(NamedTuple):
+    """A weight as the kernels take it."""
+
+    data: Tensor
+    scale: Tensor | None
+
+
+def operand(weight: Tensor | QuantizedWeight) -> Operand:
+    made = Operand(weight.data, weight.scale) if isinstance(weight, QuantizedWeight) else Operand(weight, None)
+    assert made.data.is_contiguous(), "weights are read as rows of K"
+    return made
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    config: Config,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    is_gated: bool = False,
+) -> Tensor:
+    if norm is not None and config.prenorm:
+        x, norm = rms_norm(x, *norm), None
+    data, scale = operand(weight)
+    (num_rows, num_in), num_out = x.shape, data.shape[0]
+    tiles = config.tiles(num_rows, num_out)
+    width = num_out // 2 if is_gated else num_out
+    out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
+    partials, arrivals = (out, out) if config.split_k == 1 else _workspace(x, tiles, config)
+    norm_weight, eps = norm or (x, 0.0)
+    launch(
+        linear_kernel,
+        (*tiles, config.split_k),
+        x,
+        data,
+        norm_weight,
+        x if scale is None else scale,
+        x if bias is None else bias,
+        x if residual is None else residual,
+        out,
+        partials,
+        arrivals,
+        num_rows,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        eps,
+        N=num_out,
+        K=num_in,
+        HAS_NORM=norm is not None,
+        HAS_SCALE=scale is not None,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        IS_GATED=is_gated,
+        BLOCK_T=config.block_t,
+        EXTRA_T=config.extra_t,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        SPLIT_K=config.split_k,
+        LANES=config.lanes,
+        NUM_STAGES=config.num_stages,
+        num_stages=config.num_stages,
+        num_warps=config.num_warps,
+    )
+    return out
+
+
+def _workspace(x: Tensor, tiles: tuple[int, int], config: Config) -> tuple[Tensor, Tensor]:
+    """Room for the partial products and partial sums of squares of every part, and the arrival counters of the tiles."""
+    num_tiles = tiles[0] * tiles[1]
+    assert num_tiles <= NUM_COUNTERS, f"{num_tiles} tiles to split, {NUM_COUNTERS} counters"
+    size = num_tiles * config.split_k * config.rows * (config.block_n + 1)
+    return torch.empty(size, dtype=torch.float32, device=x.device), counters(x.device)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def linear_kernel(
+    x,
+    weight,
+    norm_weight,
+    scale,
+    bias,
+    residual,
+    out,
+    partials,
+    counters,
+    num_rows,
+    x_stride,
+    residual_stride,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    EXTRA_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    LANES: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # Row tiles run fastest: the programs that share weights run together, so only the first of them reads the weights from memory.
+    first_row = tl.program_id(0) * (BLOCK_T + EXTRA_T)
+    tile_n = tl.program_id(1)
+    part = tl.program_id(2) if SPLIT_K > 1 else 0
+    index = tl.arange(0, BLOCK_N)
+    # Rows past the last read the last one again and are not stored: a load without a mask is a plain asynchronous copy.
+    if IS_GATED:  # gate and up rows take turns, so that a pair ends up in one program
+        weight_rows = tl.minimum(tile_n * (BLOCK_N // 2) + index // 2, N // 2 - 1) + index % 2 * (N // 2)
+    else:
+        weight_rows = tl.minimum(tile_n * BLOCK_N + index, N - 1)
+    acc, extra, squares, extra_squares = stream(  # pyright: ignore[reportGeneralTypeIssues]: a call inside a kernel, not Python's
+        x,
+        x_stride,
+        num_rows,
+        first_row,
+        weight,
+        weight_rows,
+        norm_weight,
+        eps,
+        part,
+        K,
+        HAS_NORM,
+        BLOCK_T,
+        EXTRA_T,
+        BLOCK_N,
+        BLOCK_K,
+        SPLIT_K,
+        LANES,
+        NUM_STAGES,
+        PDL,
+    )
+    owes_norm: tl.constexpr = HAS_NORM and K > BLOCK_K
+    if SPLIT_K > 1:
+        tile = tl.program_id(0) * tl.num_programs(1) + tile_n
+        part_size: tl.constexpr = (BLOCK_T + EXTRA_T) * (BLOCK_N + 1)
+        parts = partials + tile * SPLIT_K * part_size
+        put_part(parts + part * part_size, acc, squares, owes_norm, BLOCK_T, BLOCK_N)
+        if EXTRA_T > 0:
+            put_part(parts + part * part_size + BLOCK_T * (BLOCK_N + 1), extra, extra_squares, owes_norm, EXTRA_T, BLOCK_N)
+        tl.debug_barrier()  # all warps have written; the release below then covers their writes
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT_K - 1:
+            tl.store(counters + tile, 0)  # for the next kernel, and for the next replay of a graph
+            acc, squares = add_parts(parts, part_size, owes_norm, SPLIT_K, BLOCK_T, BLOCK_N)
+            finish(acc, squares, first_row, weight_rows, tile_n, scale, bias, residual, out, num_rows, residual_stride, eps,
+                   N, K, owes_norm, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, BLOCK_T, BLOCK_N)  # fmt: skip
+            if EXTRA_T > 0:
+                extra, extra_squares = add_parts(parts + BLOCK_T * (BLOCK_N + 1), part_size, owes_norm, SPLIT_K, EXTRA_T, BLOCK_N)
+                finish(extra, extra_squares, first_row + BLOCK_T, weight_rows, tile_n, scale, bias, residual, out, num_rows,
+                       residual_stride, eps, N, K, owes_norm, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, EXTRA_T, BLOCK_N)  # fmt: skip
+    else:
+        finish(acc, squares, first_row, weight_rows, tile_n, scale, bias, residual, out, num_rows, residual_stride, eps,
+               N, K, owes_norm, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, BLOCK_T, BLOCK_N)  # fmt: skip
+        if EXTRA_T > 0:
+            finish(extra, extra_squares, first_row + BLOCK_T, weight_rows, tile_n, scale, bias, residual, out, num_rows, residual_stride,
+                   eps, N, K, owes_norm, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, EXTRA_T, BLOCK_N)  # fmt: skip
+
+
+@triton.jit
+def put_part(target, acc, squares, OWES_NORM: tl.constexpr, NUM: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Leave the sums of one part for whoever comes last."""
+    rows = tl.arange(0, NUM)
+    tl.store(target + tl.arange(0, BLOCK_N)[:, None] * NUM + rows[None, :], acc)
+    if OWES_NORM:
+        tl.store(target + NUM * BLOCK_N + rows, squares)
+
+
+@triton.jit
+def add_parts(parts, part_size: tl.constexpr, OWES_NORM: tl.constexpr, SPLIT_K: tl.constexpr, NUM: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Sums over all parts, in their order whoever came last, so results repeat bit by bit; read from L2, where the others wrote."""
+    rows = tl.arange(0, NUM)
+    acc = tl.zeros([BLOCK_N, NUM], dtype=tl.float32)
+    squares = tl.zeros([NUM], dtype=tl.float32)
+    for part in tl.static_range(SPLIT_K):
+        source = parts + part * part_size
+        acc += tl.load(source + tl.arange(0, BLOCK_N)[:, None] * NUM + rows[None, :], cache_modifier=".cg")
+        if OWES_NORM:
+            squares += tl.load(source + NUM * BLOCK_N + rows, cache_modifier=".cg")
+    return acc, squares
+
+
+@triton.jit
+def finish(
+    acc,  # [N, T]
+    squares,  # [T]
+    first_row,
+    weight_rows,
+    tile_n,
+    scale,
+    bias,
+    residual,
+    out,
+    num_rows,
+    residual_stride,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    OWES_NORM: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    NUM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What is left to do to finished sums, all in float32, and the one rounding to the dtype of `out`."""
+    if OWES_NORM:
+        acc *= tl.rsqrt(squares / K + eps)[None, :]
+    if HAS_SCALE:
+        acc *= tl.load(scale + weight_rows)[:, None]
+    if HAS_BIAS:
+        acc += tl.load(bias + weight_rows).to(tl.float32)[:, None]
+    width: tl.constexpr = N // 2 if IS_GATED else N
+    block: tl.constexpr = BLOCK_N // 2 if IS_GATED else BLOCK_N
+    if IS_GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [block, 2, NUM]), [0, 2, 1]))
+        acc = gate * tl.sigmoid(gate) * up
+    rows = first_row + tl.arange(0, NUM)[None, :]
+    columns = tile_n * block + tl.arange(0, block)[:, None]
+    is_inside = (rows < num_rows) & (columns < width)
+    if HAS_RESIDUAL:
+        acc += tl.load(residual + rows.to(tl.int64) * residual_stride + columns, mask=is_inside, other=0.0).to(tl.float32)
+    tl.store(out + rows.to(tl.int64) * width + columns, acc.to(out.dtype.element_ty), mask=is_inside)

@@ -1,0 +1,224 @@
+"""Greedy readout fused with the language-model head: logits stay in the accumulators of the program that computes them.
+
+The first kernel streams the head once; each program reduces its tile of the vocabulary to four numbers per row. The second adds
+up the tiles of a row. Ties go to the lowest id, as `torch.argmax` does it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refusion.model.kernels.config import Config
+from refusion.model.kernels.launch import launch
+from refusion.model.kernels.linear import AUTO, operand, resolve
+from refusion.model.kernels.norms import rms_norm
+from refusion.model.kernels.stream import stream, wait
+from refusion.model.ops import Readout
+from refusion.model.quantize import QuantizedWeight
+
+# T = rows, K = in features, V = vocabulary, M = vocabulary tiles
+
+
+def readout(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor | QuantizedWeight,
+    bias_banned: Tensor,
+    given_ids: Tensor,
+    *,
+    config: Config | None = AUTO,
+) -> Readout:
+    """Greedy readout of rms_norm(x) @ weight.T + bias_banned, logits in float32.
+
+    bias_banned [V] float32, 0 or -inf, some 0; given_ids [T] integer, negative where nothing is given.
+    """
+    config = resolve(config, x, weight, "readout")
+    assert config is not None, "the library has no fused readout"
+    assert config.split_k == 1, f"a readout reduces whole logits, not those of {config}"
+    if config.prenorm:
+        x = rms_norm(x, norm_weight, eps)
+    data, scale = operand(weight)
+    (num_rows, num_in), vocabulary = x.shape, data.shape[0]
+    tiles = config.tiles(num_rows, vocabulary)
+    peaks, sums = torch.empty((2, num_rows, tiles[1]), dtype=torch.float32, device=x.device)
+    peak_ids = torch.empty((num_rows, tiles[1]), dtype=torch.int32, device=x.device)
+    given_logits = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    launch(
+        readout_tiles_kernel,
+        tiles,
+        x,
+        data,
+        norm_weight,
+        x if scale is None else scale,
+        bias_banned,
+        given_ids,
+        peaks,
+        peak_ids,
+        sums,
+        given_logits,
+        num_rows,
+        x.stride(0),
+        eps,
+        V=vocabulary,
+        K=num_in,
+        HAS_NORM=not config.prenorm,
+        HAS_SCALE=scale is not None,
+        BLOCK_T=config.block_t,
+        EXTRA_T=config.extra_t,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        LANES=config.lanes,
+        NUM_STAGES=config.num_stages,
+        num_stages=config.num_stages,
+        num_warps=config.num_warps,
+    )
+    return _add_tiles(peaks, peak_ids, sums, given_logits, given_ids, vocabulary)
+
+
+def _add_tiles(peaks: Tensor, peak_ids: Tensor, sums: Tensor, given_logits: Tensor, given_ids: Tensor, vocabulary: int) -> Readout:
+    num_rows, num_tiles = peaks.shape
+    result = Readout(
+        torch.empty(num_rows, dtype=torch.int64, device=peaks.device),
+        torch.empty(num_rows, dtype=torch.float32, device=peaks.device),
+        torch.empty(num_rows, dtype=torch.float32, device=peaks.device),
+        torch.empty(num_rows, dtype=torch.bool, device=peaks.device),
+    )
+    block = triton.next_power_of_2(num_tiles)
+    launch(
+        readout_rows_kernel,
+        (num_rows,),
+        peaks,
+        peak_ids,
+        sums,
+        given_logits,
+        given_ids,
+        *result,
+        V=vocabulary,
+        M=num_tiles,
+        BLOCK=block,
+        num_warps=8 if block > 1024 else 4,
+    )
+    return result
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def readout_tiles_kernel(
+    x,
+    weight,
+    norm_weight,
+    scale,
+    bias_banned,
+    given_ids,
+    peaks,  # [T, M] largest logit of the tile
+    peak_ids,  # [T, M] its token
+    sums,  # [T, M] sum of exp(logit - peak)
+    given_logits,  # [T], written by the tile that holds the given token, if there is one
+    num_rows,
+    x_stride,
+    eps,
+    V: tl.constexpr,
+    K: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    EXTRA_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LANES: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # Row tiles run fastest, so that all of them find a tile of the head in the L2 cache.
+    first_row = tl.program_id(0) * (BLOCK_T + EXTRA_T)
+    tokens = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight_rows = tl.minimum(tokens, V - 1)
+    acc, extra, squares, extra_squares = stream(  # pyright: ignore[reportGeneralTypeIssues]: a call inside a kernel, not Python's
+        x, x_stride, num_rows, first_row, weight, weight_rows, norm_weight, eps, 0,
+        K, HAS_NORM, BLOCK_T, EXTRA_T, BLOCK_N, BLOCK_K, 1, LANES, NUM_STAGES, PDL,
+    )  # fmt: skip
+    owes_norm: tl.constexpr = HAS_NORM and K > BLOCK_K
+    reduce_tile(acc, squares, first_row, tokens, scale, bias_banned, given_ids, peaks, peak_ids, sums, given_logits,
+                num_rows, eps, V, K, owes_norm, HAS_SCALE, BLOCK_T)  # fmt: skip
+    if EXTRA_T > 0:
+        reduce_tile(extra, extra_squares, first_row + BLOCK_T, tokens, scale, bias_banned, given_ids, peaks, peak_ids, sums, given_logits,
+                    num_rows, eps, V, K, owes_norm, HAS_SCALE, EXTRA_T)  # fmt: skip
+
+
+@triton.jit
+def reduce_tile(
+    logits,  # [N, T] products, norm still owed
+    squares,  # [T]
+    first_row,
+    tokens,
+    scale,
+    bias_banned,
+    given_ids,
+    peaks,
+    peak_ids,
+    sums,
+    given_logits,
+    num_rows,
+    eps,
+    V: tl.constexpr,
+    K: tl.constexpr,
+    OWES_NORM: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    NUM: tl.constexpr,
+):
+    if OWES_NORM:
+        logits *= tl.rsqrt(squares / K + eps)[None, :]
+    if HAS_SCALE:
+        logits *= tl.load(scale + tokens, mask=tokens < V, other=0.0)[:, None]
+    logits += tl.load(bias_banned + tokens, mask=tokens < V, other=float("-inf"))[:, None]
+    rows = first_row + tl.arange(0, NUM)
+    is_row = rows < num_rows
+    peak = tl.max(logits, axis=0)
+    peak_id = tl.min(tl.where(logits == peak[None, :], tokens[:, None], V), axis=0)
+    # A tile may be banned as a whole; -inf minus -inf would be no number.
+    floor = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(tl.exp(logits - floor[None, :]), axis=0)
+    place = rows.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(peaks + place, peak, mask=is_row)
+    tl.store(peak_ids + place, peak_id, mask=is_row)
+    tl.store(sums + place, total, mask=is_row)
+    given = tl.load(given_ids + rows, mask=is_row, other=-1)
+    is_given = tokens[:, None] == given[None, :]
+    is_here = tl.max(is_given.to(tl.int32), axis=0) == 1
+    tl.store(given_logits + rows, tl.max(tl.where(is_given, logits, float("-inf")), axis=0), mask=is_row & is_here)
+
+
+@triton.jit
+def readout_rows_kernel(
+    peaks,
+    peak_ids,
+    sums,
+    given_logits,
+    given_ids,
+    token_ids,
+    confidence,
+    given_probability,
+    given_is_argmax,
+    V: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0)
+    tiles = tl.arange(0, BLOCK)
+    place = row.to(tl.int64) * M + tiles
+    wait(PDL)
+    peak = tl.load(peaks + place, mask=tiles < M, other=float("-inf"))
+    peak_id = tl.load(peak_ids + place, mask=tiles < M, other=V)
+    tile_sum = tl.load(sums + place, mask=tiles < M, other=0.0)
+    highest = tl.max(peak, axis=0)
+    token = tl.min(tl.where(peak == highest, peak_id, V), axis=0)
+    total = tl.sum(tl.exp(peak - highest) * tile_sum, axis=0)
+    given = tl.load(given_ids + row).to(tl.int64)
+    is_given = (given >= 0) & (given < V)
+    given_logit = tl.load(given_logits + row, mask=is_given, other=float("-inf"))
+    tl.store(token_ids + row, token.to(tl.int64))
+    tl.store(confidence + row, 1.0 / total)
+    tl.store(given_probability + row, tl.exp(given_logit - highest) / total)
+    tl.store(given_is_argmax + row, token == given)

@@ -1,0 +1,173 @@
+"""The attention kernels against their plain twins: in Triton's interpreter without a GPU (TRITON_INTERPRET=1), compiled with one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from flat_forwards import CHAIN, GROUPS, LONE, PLAN, Forward, Seat, dense, forward_of
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, whose own functions read it too
+pytest.importorskip("triton")
+
+from refusion.model import attention_ops
+from refusion.model.kernels import attention, rotary, store
+from refusion.model.kernels.attention import Config, Workspace, attend, choose_splits, padded_rows
+from refusion.model.rows import Tiles, plain_tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RAGGED = [
+    Seat(0, 0, CHAIN),
+    Seat(1, 0, CHAIN + PLAN),
+    Seat(15, 0, LONE),
+    Seat(16, 0, CHAIN + GROUPS),
+    Seat(17),
+    Seat(100, 0, CHAIN + PLAN + GROUPS),
+]
+PROMPTS = [Seat(0, 1), Seat(0, 21), Seat(17, 9), Seat()]
+BOTH = [Seat(0, 18, PLAN), Seat(20, 3, CHAIN + PLAN), Seat(5, 2), Seat(33, 0, CHAIN)]
+ALONE = [Seat(length, 0, LONE) for length in (1, 31, 0, 32, 33)]
+BATCHES = {"decode": RAGGED, "prompt": PROMPTS, "both": BOTH, "autoregressive": ALONE}
+
+
+def run(forward: Forward, *, splits: int, block: int, columns: int = 16, num_tiles: int | None = None) -> torch.Tensor:
+    """The kernel's answer; the workspace is NaN at first and its counters are zero afterwards."""
+    forward = forward.to(DEVICE)
+    num_kv_heads, head_dim = forward.new_keys.shape[1:]
+    num_tiles = num_tiles or len(forward.spans.cached) * 2 + forward.rows.num_rows // block
+    tiles = plain_tiles(forward.spans, block, num_tiles)
+    tile_rows = padded_rows(block, forward.query.shape[1] // num_kv_heads)
+    workspace = Workspace(num_tiles * num_kv_heads * splits, tile_rows, head_dim, torch.device(DEVICE))
+    for parts in (workspace.mixed, workspace.best, workspace.total):
+        parts.fill_(torch.nan)
+    found = attend(*forward.arguments, tiles, workspace, Config(splits, columns, num_warps=4, num_stages=2))
+    assert not workspace.arrived.any()
+    assert not found[forward.rows.seat < 0].any()
+    return found.cpu()
+
+
+@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize("name", BATCHES)
+def test_attention_is_that_of_the_plain_twin(name: str, splits: int) -> None:
+    forward = forward_of(BATCHES[name])
+    expected = attention_ops.attend(*forward.arguments)
+    torch.testing.assert_close(run(forward, splits=splits, block=8), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("num_groups", [1, 3, 4])
+@pytest.mark.parametrize(("page_size", "columns"), [(16, 16), (16, 32), (64, 16), (32, 32)])
+def test_pages_and_groups_of_any_size(page_size: int, columns: int, num_groups: int) -> None:
+    forward = forward_of([Seat(100, 2, CHAIN + PLAN), Seat(31, 0, CHAIN)], page_size=page_size, num_groups=num_groups, num_kv_heads=1)
+    expected = attention_ops.attend(*forward.arguments)
+    torch.testing.assert_close(run(forward, splits=2, block=4, columns=columns), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_heads_of_any_power_of_two(head_dim: int) -> None:
+    forward = forward_of([Seat(20, 0, CHAIN)], head_dim=head_dim, num_kv_heads=1)
+    torch.testing.assert_close(run(forward, splits=2, block=4), attention_ops.attend(*forward.arguments), rtol=0, atol=2e-6)
+
+
+def test_bfloat16_is_rounded_only_in_weights_and_result() -> None:
+    forward = forward_of(BOTH, dtype=torch.bfloat16)
+    torch.testing.assert_close(run(forward, splits=3, block=8).double(), dense(forward), rtol=2e-2, atol=2e-2)
+
+
+def test_a_row_does_not_depend_on_the_other_seats() -> None:
+    alone = forward_of([Seat(37, 0, CHAIN + PLAN)], padding=(0, 0))
+    crowd = forward_of([Seat(37, 0, CHAIN + PLAN), Seat(90, 5, CHAIN), Seat(3, 0, PLAN)], padding=(5, 0), seed=1)
+    first = crowd.spans.row_start[0]
+    for name in ("query", "new_keys", "new_values"):
+        getattr(crowd, name)[first : first + 7] = getattr(alone, name)
+    for name in ("keys", "values"):
+        live = [f.spans.cache_rows(torch.zeros(37, dtype=torch.long), torch.arange(37)) for f in (crowd, alone)]
+        getattr(crowd, name)[live[0]] = getattr(alone, name)[live[1]]
+    together = run(crowd, splits=3, block=4)
+    assert torch.equal(together[first : first + 7], run(alone, splits=3, block=4))
+
+
+def test_padding_is_cleared_when_there_are_fewer_tiles_than_blocks_of_rows() -> None:
+    forward = forward_of([Seat(5, 0, LONE)], padding=(20, 13))
+    torch.testing.assert_close(run(forward, splits=2, block=4, num_tiles=1), attention_ops.attend(*forward.arguments), rtol=0, atol=2e-6)
+
+
+def test_scratch_rows_may_be_slices_of_a_larger_buffer() -> None:
+    forward = forward_of(BOTH)
+    buffer = torch.full((2, forward.rows.num_rows + 3, 4, 16), torch.nan)
+    sliced = buffer[:, 2:-1, 1:3].copy_(torch.stack((forward.new_keys, forward.new_values)))
+    expected = attention_ops.attend(*forward.arguments)
+    torch.testing.assert_close(
+        run(replace(forward, new_keys=sliced[0], new_values=sliced[1]), splits=2, block=8), expected, rtol=0, atol=2e-6
+    )
+
+
+def test_too_small_a_workspace_is_refused() -> None:
+    forward = forward_of([Seat(5, 0, LONE)]).to(DEVICE)
+    tiles = plain_tiles(forward.spans, 4, 2)
+    workspace = Workspace(7, padded_rows(4, 3), 16, torch.device(DEVICE))
+    with pytest.raises(AssertionError, match="8 parts"):
+        attend(*forward.arguments, tiles, workspace, Config(2, 16, 4, 2))
+    assert choose_splits(num_tiles=2, num_kv_heads=2, num_parts=7) == 1
+    assert choose_splits(num_tiles=1, num_kv_heads=2, num_parts=7) == 3
+    assert choose_splits(num_tiles=1, num_kv_heads=1, num_parts=1000) == attention.MAX_SPLITS
+
+
+def test_no_used_tile_leaves_only_zeros() -> None:
+    forward = forward_of([Seat(5), Seat()], padding=(3, 3)).to(DEVICE)
+    tiles = plain_tiles(forward.spans, 4, 2)
+    assert isinstance(tiles, Tiles)
+    workspace = Workspace(8, 16, 16, torch.device(DEVICE))
+    assert not attend(*forward.arguments, tiles, workspace, Config(2, 16, 4, 2)).any()
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 16), (8, 2, 32)])
+def test_rotation_is_that_of_the_plain_twin(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, has_norm: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(5, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator).to(DEVICE, dtype)
+    angles = 6 * torch.rand(32, head_dim // 2, generator=generator).to(DEVICE)
+    positions = torch.tensor([0, 31, 7, 7, 1], dtype=torch.int32, device=DEVICE)
+    norms = 0.5 + torch.rand(2, head_dim, generator=generator).to(DEVICE, dtype)
+    results = []
+    for operation in (attention_ops.rotate_and_store, rotary.rotate_and_store):
+        buffer = torch.full((2, 6, num_kv_heads + 1, head_dim), 7, dtype=dtype, device=DEVICE)
+        slices = buffer[:, 1:, :num_kv_heads]
+        settings = (*norms, 1e-6) if has_norm else (None, None, 1e-6)
+        query = operation(qkv, positions, angles.cos(), angles.sin(), *settings, num_heads, num_kv_heads, head_dim, slices[0], slices[1])
+        assert (buffer[:, 0] == 7).all()
+        assert (buffer[:, :, num_kv_heads:] == 7).all()
+        results.append((query, slices))
+    tolerance = 1e-6 if dtype == torch.float32 else 4 * 2**-6  # the interpreter cuts to bfloat16, up to three times: steps of 1/64 below 4
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def test_rows_are_stored_as_by_the_plain_twin() -> None:
+    generator = torch.Generator().manual_seed(0)
+    new = torch.randn(2, 6, 9, 3, 16, generator=generator).to(DEVICE)  # six layers: more than a program takes, and not a multiple
+    source = torch.tensor([4, -1, 0, 8, -1], dtype=torch.int32, device=DEVICE)
+    target = torch.tensor([2, 0, 11, 5, 3], dtype=torch.int32, device=DEVICE)
+    found, expected = torch.zeros(2, 2, 6, 12, 3, 16, device=DEVICE)
+    store.store_rows(new[0], new[1], found[0], found[1], source, target)
+    attention_ops.store_rows(new[0], new[1], expected[0], expected[1], source, target)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("num_kv_heads", "num_groups", "head_dim"), [(8, 4, 128), (3, 3, 64)])
+@pytest.mark.parametrize("block", [4, 16, 32])
+def test_real_heads_in_the_configuration_chosen_for_them(num_kv_heads: int, num_groups: int, head_dim: int, block: int) -> None:
+    long = [(0, rank, -1, 0, 1) for rank in range(96)] + [(1, rank, -2, 0, 0) for rank in range(96)]
+    seats = [Seat(8191, 0, long), Seat(512, 300, CHAIN), Seat(0, 1), Seat(700, 0, LONE)]
+    shape = {"num_kv_heads": num_kv_heads, "num_groups": num_groups, "head_dim": head_dim, "page_size": 128, "dtype": torch.bfloat16}
+    forward = forward_of(seats, **shape).to("cuda")
+    tiles = plain_tiles(forward.spans, block, 512 // block + 8)
+    workspace = Workspace.for_device(block, num_groups, head_dim, torch.device("cuda"))
+    found = attend(*forward.arguments, tiles, workspace)
+    torch.testing.assert_close(found.double(), dense(forward), rtol=2e-2, atol=2e-2)
+    assert torch.equal(found, attend(*forward.arguments, tiles, workspace))

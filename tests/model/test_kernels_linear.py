@@ -1,0 +1,170 @@
+"""The dense kernels against their plain twins: in Triton's interpreter without a GPU (TRITON_INTERPRET=1), compiled with one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, whose own functions read it too
+pytest.importorskip("triton")
+
+from refusion.model import ops
+from refusion.model.kernels import launch, linear
+from refusion.model.kernels.config import SKINNY_ROWS, Config, choose_config, cover, heuristic
+from refusion.model.kernels.norms import rms_norm, silu_multiply
+from refusion.model.quantize import quantize
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-5
+NUM_OUT, NUM_IN = 42, 72  # no multiple of any tile
+CONFIGS = {
+    "loop": Config(16, 16, 1, 2, 4, 16),
+    "one block": Config(16, 128, 1, 2, 4, 16),
+    "split": Config(32, 16, 3, 2, 4, 16),  # five blocks over three parts: the last part is half empty
+    "wide": Config(16, 32, 1, 2, 4, 32, extra_t=16),
+    "wide and split": Config(32, 16, 2, 2, 4, 32, extra_t=16),
+    "wide and one block": Config(32, 128, 1, 2, 4, 32, extra_t=16),
+    "lanes": Config(16, 32, 1, 2, 4, 16, lanes=2),
+    "lanes, wide and split": Config(32, 64, 2, 2, 4, 32, extra_t=16, lanes=4),
+    "lanes and one block": Config(16, 128, 1, 2, 4, 16, lanes=4),
+    "norm first": Config(16, 32, 1, 2, 4, 16, prenorm=True),
+}
+# Both sides sum in float32, in different orders. In bfloat16 the twins round after every step, the kernels once; the interpreter cuts off.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
+
+
+class Case:
+    """Random inputs of one product."""
+
+    def __init__(self, num_rows: int, dtype: torch.dtype = torch.float32, num_out: int = NUM_OUT, num_in: int = NUM_IN) -> None:
+        generator = torch.Generator().manual_seed(num_rows)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+        self.x = normal(num_rows, num_in)
+        self.norm = (1 + normal(num_in) / 4, EPS)
+        self.weight = normal(num_out, num_in) / num_in**0.5
+        self.bias = normal(num_out)
+        self.residual = normal(num_rows, num_out)
+
+
+def is_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.dtype == expected.dtype
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 16, 17, 70])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_product_is_that_of_its_plain_twin(name: str, num_rows: int) -> None:
+    case, config = Case(num_rows), CONFIGS[name]
+    x, norm, weight = case.x, case.norm, case.weight
+    is_close(linear.norm_linear(x, *norm, weight, config=config), ops.norm_linear(x, *norm, weight))
+    is_close(linear.norm_gated(x, *norm, weight, config=config), ops.norm_gated(x, *norm, weight))
+    is_close(linear.linear_add(x, weight, case.residual, config=config), ops.linear_add(x, weight, case.residual))
+    assert not launch.counters(x.device).any()
+
+
+@pytest.mark.parametrize("name", ["loop", "split", "wide and split"])
+def test_a_bias_is_added_once(name: str) -> None:
+    case, config = Case(17), CONFIGS[name]
+    x, norm, weight, bias = case.x, case.norm, case.weight, case.bias
+    is_close(linear.norm_linear(x, *norm, weight, bias, config=config), ops.norm_linear(x, *norm, weight, bias))
+    is_close(linear.linear_add(x, weight, case.residual, bias, config=config), ops.linear_add(x, weight, case.residual, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+@pytest.mark.parametrize("name", ["loop", "one block", "wide and split"])
+def test_quantised_weights_are_scaled_back(name: str, kind: str, dtype: torch.dtype) -> None:
+    case, config = Case(5, dtype), CONFIGS[name]
+    weight = quantize(case.weight, "int8" if kind == "int8" else "float8")
+    is_close(
+        linear.norm_linear(case.x, *case.norm, weight, case.bias, config=config), ops.norm_linear(case.x, *case.norm, weight, case.bias)
+    )
+    is_close(linear.norm_gated(case.x, *case.norm, weight, config=config), ops.norm_gated(case.x, *case.norm, weight))
+    is_close(linear.linear_add(case.x, weight, case.residual, config=config), ops.linear_add(case.x, weight, case.residual))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bfloat16_stays_within_its_roundings(name: str) -> None:
+    case, config = Case(18, torch.bfloat16), CONFIGS[name]
+    is_close(linear.norm_linear(case.x, *case.norm, case.weight, config=config), ops.norm_linear(case.x, *case.norm, case.weight))
+    is_close(linear.norm_gated(case.x, *case.norm, case.weight, config=config), ops.norm_gated(case.x, *case.norm, case.weight))
+    is_close(linear.linear_add(case.x, case.weight, case.residual, config=config), ops.linear_add(case.x, case.weight, case.residual))
+
+
+def test_rows_may_be_a_slice_of_wider_ones() -> None:
+    case = Case(6)
+    wide = torch.cat((case.x, case.x), dim=1)[:, :NUM_IN]
+    found = linear.linear_add(wide, case.weight, case.residual, config=CONFIGS["split"])
+    is_close(found, ops.linear_add(case.x, case.weight, case.residual))
+
+
+@pytest.mark.parametrize("num_rows", [1, 40, SKINNY_ROWS + 1, 300])
+def test_the_chosen_config_computes_the_same(num_rows: int) -> None:
+    case = Case(num_rows, torch.bfloat16)
+    quantised = quantize(case.weight, "int8")
+    is_close(linear.norm_linear(case.x, *case.norm, case.weight, case.bias), ops.norm_linear(case.x, *case.norm, case.weight, case.bias))
+    is_close(linear.norm_gated(case.x, *case.norm, case.weight), ops.norm_gated(case.x, *case.norm, case.weight))
+    is_close(linear.linear_add(case.x, quantised, case.residual), ops.linear_add(case.x, quantised, case.residual))
+
+
+def test_float32_goes_to_the_library_unless_quantised() -> None:
+    assert choose_config(NUM_OUT, NUM_IN, 1, "norm_linear", "float32") is None
+    assert choose_config(NUM_OUT, NUM_IN, 1, "norm_linear", "int8") is not None
+    assert choose_config(NUM_OUT, NUM_IN, 4096, "norm_linear", "int8") is not None
+    assert choose_config(NUM_OUT, NUM_IN, 1, "readout", "float32") is not None
+    case = Case(9)
+    is_close(linear.norm_gated(case.x, *case.norm, case.weight), ops.norm_gated(case.x, *case.norm, case.weight))
+    is_close(
+        linear.linear_add(case.x, case.weight, case.residual, case.bias), ops.linear_add(case.x, case.weight, case.residual, case.bias)
+    )
+
+
+def test_small_kernels_are_their_twins() -> None:
+    case = Case(7)
+    is_close(rms_norm(case.x, *case.norm), ops.rms_norm(case.x, *case.norm))
+    gate, up = case.x.chunk(2, dim=1)
+    is_close(silu_multiply(case.x), torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 48, 64, 70, 96, 128, 160, 192, 200, 256])
+def test_tiles_cover_all_rows_with_little_waste(num_rows: int) -> None:
+    block_t, extra_t = cover(num_rows)
+    assert num_rows <= block_t + extra_t <= max(32, num_rows * 1.5)
+    assert extra_t == 0 or 16 <= extra_t < block_t
+
+
+@pytest.mark.parametrize("num_rows", [1, 32, 64, 192, 4096])
+@pytest.mark.parametrize("shape", [(960, 576), (576, 576), (3072, 576), (576, 1536), (6144, 4096), (4096, 12288), (24576, 4096)])
+def test_heuristic_configs_are_sound(shape: tuple[int, int], num_rows: int) -> None:
+    config = heuristic(*shape, num_rows, "norm_linear", "int8")
+    sizes = (config.block_n, config.block_k, config.block_t)
+    assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+    assert 1 <= config.split_k <= -(-shape[1] // config.block_k)
+    assert config.num_stages >= 2
+    assert config.block_k >= 16 * config.lanes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_rows", [1, 33, 192])
+@pytest.mark.parametrize(("num_out", "num_in"), [(6144, 4096), (960, 576)])
+def test_a_captured_split_product_repeats_bit_by_bit(num_out: int, num_in: int, num_rows: int) -> None:
+    case = Case(num_rows, torch.bfloat16, num_out, num_in)
+    block_t, extra_t = cover(num_rows)
+    config = Config(64, 64, 4, 3, 4, block_t, extra_t)
+    first = linear.norm_linear(case.x, *case.norm, case.weight, config=config)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = linear.norm_linear(case.x, *case.norm, case.weight, config=config)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(found, first)
+    is_close(first, ops.norm_linear(case.x, *case.norm, case.weight))
+    assert not launch.counters(case.x.device).any()
