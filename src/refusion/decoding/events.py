@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from refusion.decoding.refusion import StepReport
+from refusion.decoding.rounds import SeatReport, SlotNews
+from refusion.decoding.settling import StepReport
 from refusion.decoding.state import DONE, VERIFY
 
 Kind = Literal["planned", "verified", "infilled", "committed", "finished"]
@@ -47,3 +48,16 @@ def step_events(report: StepReport, drafts_after: list[list[int]], row: int, req
         if bool(report.is_planned[row, place]):
             score = float(report.plan_scores[row, place])
             yield Event("planned", request, forward, slot, slot * slot_size, tuple(drafts_after[slot]), score)
+
+
+def seat_events(report: SeatReport, request: int) -> Iterator[Event]:
+    """The same from the report of a seat."""
+
+    def event(kind: Kind, news: SlotNews) -> Event:
+        return Event(kind, request, report.num_forwards, news.slot, news.offset, news.token_ids, news.score)
+
+    kinds: dict[Kind, list[SlotNews]] = {"verified": report.verified, "infilled": report.infilled, "committed": report.committed}
+    written = [event(kind, news) for kind, all_news in kinds.items() for news in all_news]
+    yield from sorted(written, key=lambda event: event.slot)  # stable: what was judged comes before what became final
+    for news in report.planned:
+        yield event("planned", news)

@@ -1,13 +1,13 @@
-"""Which tokens the next forward runs, and who sees whom: decode state to `ForwardBatch`.
+"""Which tokens the next forward runs, and who sees whom: decode state to grids of cells.
 
-Every kind of row lives on a grid of fixed shape with a mask of the cells that are needed; the needed cells of all grids are then packed
-to the left. `LaidOut` remembers where each grid went, so the readout can be folded back.
+Every kind of row lives on a grid of fixed shape with a mask of the cells that are needed; `refusion.decoding.packing` puts the needed
+cells of all grids side by side.
 
 - drafts [W, K]: drafted tokens of the chosen slots. While verifying they are one chain, each slot seeing the chosen ones before it;
   while infilling every slot stands alone.
+- plan [W, K]: masks of the slots still open (or of the next block) that see all drafts: the next plan, should everything be accepted.
 - solo [W, K]: copies of the chosen slots but the first that do not see their siblings, for the infill groups of a verify forward.
 - groups [W, A, K]: for each accepted length, masks from there to the end of the slot, seeing exactly that prefix: the next drafts.
-- plan [W, K]: masks of the slots still open (or of the next block) that see all drafts: the next plan, should everything be accepted.
 """
 
 # torch leaves the types of tolist and split open
@@ -18,13 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refusion.decoding.forward import ForwardBatch
-from refusion.decoding.params import SamplingParams, SlotSettings
-from refusion.decoding.sampling import Draw
+from refusion.decoding.params import SlotSettings
 from refusion.decoding.state import CHOSEN, INFILL, OPEN, PLAN, REMASK, VERIFY, DecodeState
-from refusion.model.segments import NO_PARENT, TRUNK, Segments
+from refusion.model.segments import NO_PARENT, TRUNK
 
-# B = requests, W = slots of a block, K = tokens per slot, A = candidate lengths + 1, T = tokens of the forward, P = longest prompt
+# B = requests, W = slots of a block, K = tokens per slot, A = candidate lengths + 1, P = longest prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,47 +42,40 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class LaidOut:
-    """A forward, and where its grids went."""
+class Grids:
+    """All cells of one forward, and the slots they belong to."""
 
-    batch: ForwardBatch
+    cells: dict[str, Grid]
+    shapes: dict[str, tuple[int, ...]]
     window: Tensor  # [B, W] slots being verified or infilled
     plan_slots: Tensor  # [B, W] slots the plan rows belong to
     is_planned: Tensor  # [B, W]
-    rows: dict[str, Tensor]  # grid -> [B, N] index of each cell among the T rows (anything where not needed)
-    shapes: dict[str, tuple[int, ...]]
-
-    def fold(self, name: str, values: Tensor) -> Tensor:
-        """Values [B, T] of a readout on the cells of a grid."""
-        return values.gather(1, self.rows[name]).view(-1, *self.shapes[name])
 
 
-def lay_out(
-    state: DecodeState, slots: SlotSettings, sampling: SamplingParams, width: int, mask_id: int, prompts: Tensor | None = None
-) -> LaidOut:
+def build_grids(
+    state: DecodeState, slots: SlotSettings, width: int, num_candidates: int, mask_id: int, prompts: Tensor | None = None
+) -> Grids:
     """The next forward of every request. width is W; prompts [B, P] (right-padded) joins the first forward of a batch."""
     window = state.window(width)
     status = state.status.gather(1, window)
     is_chosen = status == CHOSEN
     drafts = state.token_ids.gather(1, window[:, :, None].expand(-1, -1, slots.slot_size))
     verified = torch.where(is_chosen, state.lengths.gather(1, window), 0)
-    plan_slots, is_planned = _plan_slots(state, window, is_chosen, status, slots.fuse_plan)
-    cells = _Cells(state, slots, mask_id, window, is_chosen, drafts, verified)
+    plan_slots, is_planned = planned_slots(state, window, slots.fuse_plan)
+    cells = _Cells(state, slots.slot_size, num_candidates, mask_id, window, is_chosen, drafts, verified)
     grids = {"drafts": cells.drafts(), "plan": cells.plan(plan_slots, is_planned)}
     shapes: dict[str, tuple[int, ...]] = {"drafts": (width, slots.slot_size), "plan": (width, slots.slot_size)}
-    if slots.candidates() > 0 and width > 1:
+    if num_candidates > 0 and width > 1:
         grids["solo"], shapes["solo"] = cells.solo(), (width, slots.slot_size)
-    grids["groups"], shapes["groups"] = cells.groups(), (width, slots.candidates() + 1, slots.slot_size)
+    grids["groups"], shapes["groups"] = cells.groups(), (width, num_candidates + 1, slots.slot_size)
     if prompts is not None:
-        grids["prompt"], shapes["prompt"] = _prompt(state, prompts, 2 * width + 1 + width * (slots.candidates() + 1)), (prompts.shape[1],)
-    draw = Draw(sampling.temperature, sampling.top_p, state.seeds, state.num_drafts + 1)
-    batch, rows = _pack(grids, draw)
-    return LaidOut(batch, window, plan_slots, is_planned, rows, shapes)
+        grids["prompt"], shapes["prompt"] = _prompt(state, prompts, 2 * width + 1 + width * (num_candidates + 1)), (prompts.shape[1],)
+    return Grids(grids, shapes, window, plan_slots, is_planned)
 
 
-def _plan_slots(state: DecodeState, window: Tensor, is_chosen: Tensor, status: Tensor, fuse_plan: bool) -> tuple[Tensor, Tensor]:
+def planned_slots(state: DecodeState, window: Tensor, fuse_plan: bool) -> tuple[Tensor, Tensor]:
     """Slots [B, W] the plan rows of this forward belong to, and which of them exist: this block's open slots, else the next block's."""
-    is_open = status == OPEN
+    is_open = state.status.gather(1, window) == OPEN
     following = window + window.shape[1]
     exists = following < state.status.shape[1]
     next_status = state.status.gather(1, following.clamp(max=state.status.shape[1] - 1))
@@ -100,18 +91,26 @@ class _Cells:
     """Builds the grids of one forward; holds what they share."""
 
     def __init__(
-        self, state: DecodeState, slots: SlotSettings, mask_id: int, window: Tensor, is_chosen: Tensor, drafts: Tensor, verified: Tensor
+        self,
+        state: DecodeState,
+        slot_size: int,
+        num_candidates: int,
+        mask_id: int,
+        window: Tensor,
+        is_chosen: Tensor,
+        drafts: Tensor,
+        verified: Tensor,
     ) -> None:
         self.mask_id, self.is_chosen, self.token_ids, self.verified = mask_id, is_chosen, drafts, verified
-        self.width, self.slot_size, self.num_candidates = window.shape[1], slots.slot_size, slots.candidates()
+        self.width, self.slot_size, self.num_candidates = window.shape[1], slot_size, num_candidates
         self.device = drafts.device
         self.phase = state.phase[:, None, None]  # [B, 1, 1]
         self.prompt_lengths = state.prompt_lengths[:, None, None]
-        self.place = torch.arange(slots.slot_size, device=drafts.device)  # [K]
+        self.place = torch.arange(slot_size, device=drafts.device)  # [K]
         self.slot = torch.arange(self.width, device=drafts.device)[:, None]  # [W, 1]
         self.positions = self._positions(window)
         self.is_first = is_chosen & (is_chosen.cumsum(dim=1) == 1)  # [B, W] the first chosen slot: its chain sees no sibling
-        self.is_unfinished = is_chosen & (verified < slots.slot_size)
+        self.is_unfinished = is_chosen & (verified < slot_size)
 
     def _positions(self, slots: Tensor) -> Tensor:
         """[B, W, K] positions of slots [B, W]."""
@@ -218,27 +217,3 @@ def _prompt(state: DecodeState, prompts: Tensor, segment: int) -> Grid:
     is_token = place < state.prompt_lengths[:, None]
     nothing = torch.zeros_like(place)
     return Grid(prompts, place, nothing + segment, place, nothing + NO_PARENT, nothing, is_token, nothing.bool(), nothing, is_token)
-
-
-def _pack(grids: dict[str, Grid], draw: Draw) -> tuple[ForwardBatch, dict[str, Tensor]]:
-    """Needed cells of all grids side by side, packed to the left; padding has segment -1."""
-    is_needed = torch.cat([grid.is_needed for grid in grids.values()], dim=1)  # [B, N]
-    num_needed = is_needed.sum(dim=1)
-    most = max(int(num_needed.max()), 1)  # the one host synchronisation of a layout: the width of the forward
-    row = (is_needed.cumsum(dim=1) - 1).clamp(min=0)  # [B, N]
-    cell = (~is_needed).to(torch.int8).sort(dim=1, stable=True).indices[:, :most]  # [B, T]
-    is_token = torch.arange(most, device=row.device) < num_needed[:, None]
-
-    def packed(name: str) -> Tensor:
-        return torch.cat([getattr(grid, name) for grid in grids.values()], dim=1).gather(1, cell)
-
-    segments = Segments(
-        segment=torch.where(is_token, packed("segment"), -1),
-        rank=packed("rank"),
-        parent=packed("parent"),
-        visible=packed("visible"),
-        is_trunk=packed("is_trunk") & is_token,
-    )
-    batch = ForwardBatch(packed("token_ids"), packed("positions"), segments, packed("is_read") & is_token, packed("given_ids"), draw)
-    sizes = [grid.is_needed.shape[1] for grid in grids.values()]
-    return batch, dict(zip(grids, row.split(sizes, dim=1), strict=True))

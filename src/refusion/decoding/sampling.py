@@ -14,16 +14,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How the rows of one forward are drawn."""
+    """How the rows of one forward are drawn: numbers where all are drawn alike, tensors with one value a row [R] otherwise."""
 
-    temperature: float
-    top_p: float
+    temperature: float | Tensor
+    top_p: float | Tensor
     seeds: Tensor  # [B]
     attempts: Tensor  # [B]
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        return not isinstance(self.temperature, Tensor) and self.temperature == 0.0
 
 
 def cut_answer(token_ids: list[int], eos_ids: list[int], max_tokens: int) -> list[int]:
@@ -34,13 +34,19 @@ def cut_answer(token_ids: list[int], eos_ids: list[int], max_tokens: int) -> lis
 
 def filtered_log_probs(logits: Tensor, draw: Draw) -> Tensor:
     """log top-p(softmax(logits / T)) [R, V], renormalised over what top-p keeps; the most probable token always stays."""
-    log_probs = (logits / draw.temperature).log_softmax(dim=1)
-    if draw.top_p >= 1.0:
+    log_probs = (logits / _by_row(draw.temperature)).log_softmax(dim=1)
+    if not isinstance(draw.top_p, Tensor) and draw.top_p >= 1.0:
         return log_probs
     descending, order = log_probs.sort(dim=1, descending=True, stable=True)
     mass_before = descending.exp().cumsum(dim=1) - descending.exp()
-    is_dropped = torch.zeros_like(log_probs, dtype=torch.bool).scatter(1, order, mass_before >= draw.top_p)
-    return log_probs.masked_fill(is_dropped, -torch.inf).log_softmax(dim=1)
+    is_dropped = torch.zeros_like(log_probs, dtype=torch.bool).scatter(1, order, mass_before >= _by_row(draw.top_p))
+    filtered = log_probs.masked_fill(is_dropped, -torch.inf).log_softmax(dim=1)
+    # A row that asks for all keeps its numbers to the bit, as if nobody beside it wanted a filter.
+    return torch.where(draw.top_p[:, None] >= 1.0, log_probs, filtered) if isinstance(draw.top_p, Tensor) else filtered
+
+
+def _by_row(value: float | Tensor) -> float | Tensor:
+    return value[:, None] if isinstance(value, Tensor) else value
 
 
 def draw_tokens(log_probs: Tensor, seeds: Tensor, positions: Tensor, attempts: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ class DecodeState:
     token_ids: Tensor  # [B, S, K] committed tokens and current drafts
     status: Tensor  # [B, S]
     lengths: Tensor  # [B, S] committed tokens of a committed slot, verified tokens of a chosen one
-    scores: Tensor  # [B, S] confidence of the first token at the last plan
     phase: Tensor  # [B]
     num_drafts: Tensor  # [B] logical drafts so far, keys the noise
     num_forwards: Tensor  # [B]
@@ -40,7 +39,6 @@ class DecodeState:
             token_ids=torch.zeros(num_requests, width, slot_size, dtype=torch.long, device=device),
             status=status,
             lengths=torch.zeros_like(status),
-            scores=torch.zeros(num_requests, width, device=device),
             phase=nothing,
             num_drafts=nothing,
             num_forwards=nothing,
