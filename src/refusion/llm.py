@@ -1,9 +1,11 @@
 """The one front door: load a checkpoint by name or path, generate from text, token ids or chat messages."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,72 +14,92 @@ from torch import Tensor
 
 from refusion import hub
 from refusion.checkpoint import read_json
-from refusion.decoding.autoregressive import AutoregressiveDecoder
 from refusion.decoding.events import Event
 from refusion.decoding.forward import EagerForward, ForwardFn
 from refusion.decoding.params import SamplingParams, SlotParams, SlotSettings
-from refusion.decoding.refusion import ReFusionDecoder
-from refusion.engine.batch import Answer, Decoder, run_batch
+from refusion.engine.build import build_engine, flat_network
+from refusion.engine.core import Engine
+from refusion.engine.outputs import Piece, RequestOutput, Stats
+from refusion.engine.requests import Answer, FindStop, NewRequest
+from refusion.engine.settings import EngineSettings
+from refusion.engine.stream import AnswerStream
 from refusion.errors import CheckpointError, RequestError
 from refusion.model.config import ModelConfig
 from refusion.model.transformer import Transformer
 from refusion.tokenizer import Tokenizer
 
-DECODERS = ("refusion", "autoregressive")
+__all__ = [
+    "DECODERS",
+    "LLM",
+    "EngineSettings",
+    "GenerationFailed",
+    "GenerationInterrupted",
+    "Piece",
+    "Prompt",
+    "RequestOutput",
+    "SamplingParams",
+    "SlotParams",
+    "Stats",
+]
+
+DECODERS = ("refusion", "autoregressive", "auto")
 Prompt = str | list[int] | list[dict[str, str]]
+OnOutput = Callable[[int, RequestOutput], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What an answer cost."""
+class GenerationInterrupted(KeyboardInterrupt):
+    """Ctrl-C in `LLM.generate`; what was finished by then is kept."""
 
-    num_tokens: int
-    """Generated tokens up to and including the first EOS."""
-    num_forwards: int
-    """Forwards that yielded tokens or verdicts; the first one also prefills."""
-    seconds: float
-    """Wall clock from the start of the request's batch to the end of the request."""
-
-    @property
-    def tokens_per_forward(self) -> float:
-        return self.num_tokens / self.num_forwards
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.num_tokens / self.seconds
+    def __init__(self, outputs: dict[int, RequestOutput]) -> None:
+        super().__init__()
+        self.outputs = outputs
+        """Finished answers by the number of their prompt."""
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """One answer."""
+class GenerationFailed(RequestError):
+    """Some prompts of an `LLM.generate` could not be answered, for want of memory; the others are."""
 
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: Literal["stop", "length"]
-    stats: Stats
+    def __init__(self, reason: str, outputs: dict[int, RequestOutput]) -> None:
+        super().__init__(reason)
+        self.outputs = outputs
+        """Finished answers by the number of their prompt."""
 
 
 class LLM:
     """A checkpoint ready to answer."""
 
-    def __init__(self, path: Path, model: Transformer, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, path: Path, model: Transformer, tokenizer: Tokenizer | None, engine: EngineSettings | None = None) -> None:
         self.path, self.model, self.tokenizer = path, model, tokenizer
         self.config: ModelConfig = model.config
+        self.engine_settings = engine or EngineSettings()
         self.recommended: dict[str, Any] = _recommended(path, model.device.type)
+        self._tokens_per_forward: float | None = self.recommended.pop("tokens_per_forward", None)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | None = None) -> "LLM":
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str | torch.dtype | None = None,
+        engine: EngineSettings | None = None,
+    ) -> "LLM":
         """Load a named model (fetched on first use) or a hub-layout directory.
 
-        dtype: "float32", "bfloat16" or None: bfloat16 where the device computes in it, else float32.
+        dtype: "float32", "bfloat16" or None: bfloat16 where the device computes in it, else float32. engine: how much it may take.
         Raises `CheckpointError` for a missing or damaged checkpoint, `RequestError` for a device that is not there.
         """
         path = hub.resolve(str(name_or_path))
         target = _device(device)
         model = Transformer.from_pretrained(path, device=str(target), dtype=_dtype(dtype, target))
         tokenizer = Tokenizer.from_pretrained(path) if (path / "tokenizer.json").exists() else None
-        return cls(path, model, tokenizer)
+        return cls(path, model, tokenizer, engine)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Runs the requests; made when the first one comes."""
+        network = flat_network(self.model)
+        return build_engine(network, self.engine_settings, banned_ids=self.banned_ids(), tokens_per_forward=self._tokens_per_forward)
 
     def generate(
         self,
@@ -87,40 +109,132 @@ class LLM:
         decoder: str = "refusion",
         *,
         on_event: Callable[[Event], None] | None = None,
+        on_output: OnOutput | None = None,
         progress: bool = False,
         batch_size: int | None = None,
     ) -> list[RequestOutput]:
         """Answer every prompt, in the order given.
 
-        prompts: str (raw text), list[int] (token ids) or chat messages (templated). decoder: "refusion" or "autoregressive".
-        on_event: called with every `Event` as it happens. batch_size: prompts decoded together (default: 1 on a CPU, 64 on a GPU).
+        prompts: str (raw text), list[int] (token ids) or chat messages (templated). decoder: "refusion", "autoregressive" or "auto",
+        which takes the faster one at the load of the moment. on_event: called with every `Event` as it happens. on_output: called with
+        number and answer of each prompt as it is finished. batch_size: prompts decoded together at most (default: what the engine holds).
         Raises `RequestError` if a prompt cannot be served and `ConfigError` for settings out of range; nothing has run by then.
+        Ctrl-C raises `GenerationInterrupted`, which carries what is finished.
         """
-        sampling = sampling or SamplingParams()
         if isinstance(prompts, str):
             raise RequestError("prompts is a single string; put it in a list")
         if any(isinstance(prompt, dict) for prompt in prompts):
             raise RequestError("prompts holds a chat message; put the messages of one prompt in a list of their own")
         if batch_size is not None and batch_size < 1:
             raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
-        prompt_ids = [self._encode(prompt, index) for index, prompt in enumerate(prompts)]
-        for index, ids in enumerate(prompt_ids):
-            self._check_length(ids, index, sampling)
-        make = self._decoder_factory(decoder, sampling, (slots or SlotParams()).resolve(self.recommended))
-        size = batch_size or (64 if self.model.device.type == "cuda" else 1)
-        find_stop = self._stop_finder(sampling)
+        requests = [self.new_request(prompt, sampling, slots, decoder, index=index) for index, prompt in enumerate(prompts)]
         outputs: dict[int, RequestOutput] = {}
+        errors: list[RequestError] = []
         with _progress(progress, decoder) as bar:
-            task = bar.add_task(decoder, total=len(prompt_ids))
-            for start in range(0, len(prompt_ids), size):
-                group = prompt_ids[start : start + size]
-                seeds = [sampling.seed] * len(group)
-                for answer in run_batch(
-                    make(), group, seeds, device=self.model.device, first_request=start, find_stop=find_stop, on_event=on_event
-                ):
-                    outputs[answer.request] = self._output(prompt_ids[answer.request], answer, sampling)
-                    bar.advance(task)
-        return [outputs[index] for index in range(len(prompt_ids))]
+            task = bar.add_task(decoder, total=len(requests))
+
+            def on_answer(answer: Answer) -> None:
+                if answer.error is not None:
+                    errors.append(answer.error)
+                    return
+                outputs[answer.request] = self.to_output(requests[answer.request], answer)
+                bar.advance(task)
+                if on_output is not None:
+                    on_output(answer.request, outputs[answer.request])
+
+            self._run([replace(request, on_event=on_event, on_answer=on_answer) for request in requests], outputs, errors, batch_size)
+        if errors:
+            raise GenerationFailed(str(errors[0]), outputs) from errors[0]
+        return [outputs[index] for index in range(len(requests))]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        slots: SlotParams | None = None,
+        decoder: str = "refusion",
+    ) -> Iterator[str]:
+        """The text of one answer in pieces, as it becomes certain; closing the iterator aborts the request.
+
+        Raises like `generate`, before the first piece.
+        """
+        if self.tokenizer is None:
+            raise RequestError(f"{self.path} has no tokenizer; text cannot be streamed, use generate")
+        new = self.new_request(prompt, sampling, slots, decoder)
+        return self._pieces(new, AnswerStream(self.tokenizer, new.sampling, new.eos_ids))
+
+    def new_request(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        slots: SlotParams | None = None,
+        decoder: str = "refusion",
+        *,
+        index: int = 0,
+    ) -> NewRequest:
+        """A checked request for `engine`; its `on_answer` is still to be set. Raises `RequestError` and `ConfigError` like `generate`."""
+        sampling = sampling or SamplingParams()
+        prompt_ids = self._encode(prompt, index)
+        self._check_length(prompt_ids, index, sampling)
+        decoder, settings = self._decoder(decoder, (slots or SlotParams()).resolve(self.recommended))
+        new = NewRequest(
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            eos_ids=(*self.eos_ids(), *sampling.stop_token_ids),
+            decoder=decoder,
+            slots=settings,
+            index=index,
+            on_answer=lambda _: None,
+            find_stop=self._stop_finder(sampling),
+        )
+        self.engine.check(new)
+        return new
+
+    def new_stream(self, new: NewRequest) -> AnswerStream | None:
+        """Turns the events of a request into text; None without a tokenizer."""
+        return AnswerStream(self.tokenizer, new.sampling, new.eos_ids) if self.tokenizer is not None else None
+
+    def to_output(self, new: NewRequest, answer: Answer) -> RequestOutput:
+        """What the caller gets of an answer."""
+        text = self.tokenizer.decode(answer.token_ids) if self.tokenizer is not None else ""
+        cuts = [place for stop in new.sampling.stop if (place := text.find(stop)) >= 0]
+        text = text[: min(cuts)] if cuts else text
+        stats = Stats(answer.num_generated, answer.num_forwards, answer.seconds, answer.first_token_seconds)
+        reason = "stop" if answer.is_stopped else "length"
+        return RequestOutput(tuple(new.prompt_ids), tuple(answer.token_ids), text, reason, stats, answer.decoder)
+
+    def _run(
+        self, requests: list[NewRequest], outputs: dict[int, RequestOutput], errors: list[RequestError], batch_size: int | None
+    ) -> None:
+        """Step the engine until every request is in `outputs` or has left an error, at most `batch_size` of them at a time."""
+        engine, waiting = self.engine, deque(requests)
+        most = batch_size or len(requests)
+        try:
+            while (num_over := len(outputs) + len(errors)) < len(requests):
+                for _ in range(min(len(waiting), most - (len(requests) - len(waiting) - num_over))):
+                    engine.add(waiting.popleft())
+                engine.step()
+        except KeyboardInterrupt as interrupt:
+            engine.reset(RequestError("the engine was interrupted"))  # which may have been anywhere in a step
+            raise GenerationInterrupted(outputs) from interrupt
+        except BaseException:
+            engine.reset()
+            raise
+
+    def _pieces(self, new: NewRequest, stream: AnswerStream) -> Iterator[str]:
+        texts: deque[str] = deque()
+        answers: list[Answer] = []
+        request = self.engine.add(replace(new, on_event=lambda event: texts.append(stream.push(event)), on_answer=answers.append))
+        try:
+            while not answers:
+                self.engine.step()
+                while texts:
+                    if text := texts.popleft():
+                        yield text
+        finally:
+            self.engine.abort(request)
+        if answers[0].error is not None:
+            raise answers[0].error
 
     def forward_fn(self) -> ForwardFn:
         """The network as decoders see it, never emitting the mask token, other specials than EOS, or rows past the tokenizer."""
@@ -162,25 +276,26 @@ class LLM:
 
     def _check_length(self, ids: list[int], index: int, sampling: SamplingParams) -> None:
         context = self.config.max_position_embeddings
+        if len(ids) >= context:
+            raise RequestError(
+                f"prompt {index} has {len(ids)} tokens, with room for an answer more than the context of {context}; shorten the prompt"
+            )
         if len(ids) + sampling.max_tokens > context:
             raise RequestError(
                 f"prompt {index} has {len(ids)} tokens and max_tokens is {sampling.max_tokens}, "
-                f"together more than the context of {context}; shorten the prompt or lower max_tokens to {max(context - len(ids), 0)}"
+                f"together more than the context of {context}; shorten the prompt or lower max_tokens to {context - len(ids)}"
             )
 
-    def _decoder_factory(self, name: str, sampling: SamplingParams, slots: SlotSettings) -> Callable[[], Decoder]:
-        eos_ids = torch.tensor([*self.eos_ids(), *sampling.stop_token_ids], dtype=torch.long, device=self.model.device)
-        forward = self.forward_fn()
-        if name == "autoregressive":
-            return lambda: AutoregressiveDecoder(forward, sampling, eos_ids=eos_ids)
-        if name != "refusion":
+    def _decoder(self, name: str, slots: SlotSettings) -> tuple[str, SlotSettings | None]:
+        """The decoder and its slot settings. Raises if there is no such decoder, or not with this checkpoint."""
+        if name not in DECODERS:
             raise RequestError(f"unknown decoder {name!r}; use one of {', '.join(DECODERS)}")
-        mask_id = self.config.mask_token_id
-        if mask_id is None:
+        has_mask = self.config.mask_token_id is not None
+        if name == "refusion" and not has_mask:
             raise CheckpointError(f"{self.path} has no mask token; add one with `refusion convert`, or use decoder='autoregressive'")
-        return lambda: ReFusionDecoder(forward, slots, sampling, mask_id=mask_id, eos_ids=eos_ids)
+        return (name, slots) if has_mask and name != "autoregressive" else ("autoregressive", None)
 
-    def _stop_finder(self, sampling: SamplingParams) -> Callable[[list[int]], int | None] | None:
+    def _stop_finder(self, sampling: SamplingParams) -> FindStop | None:
         if not sampling.stop:
             return None
         if self.tokenizer is None:
@@ -198,13 +313,6 @@ class LLM:
             return low
 
         return find
-
-    def _output(self, prompt_ids: list[int], answer: Answer, sampling: SamplingParams) -> RequestOutput:
-        text = self.tokenizer.decode(answer.token_ids) if self.tokenizer is not None else ""
-        cuts = [place for stop in sampling.stop if (place := text.find(stop)) >= 0]
-        text = text[: min(cuts)] if cuts else text
-        stats = Stats(answer.num_generated, answer.num_forwards, answer.seconds)
-        return RequestOutput(tuple(prompt_ids), tuple(answer.token_ids), text, "stop" if answer.is_stopped else "length", stats)
 
 
 def _holds(text: str, stops: Sequence[str]) -> bool:

@@ -1,0 +1,128 @@
+"""What a forward costs by its number of rows, measured on the machine at hand, and what follows from it.
+
+A decoder may prepare the next drafts for several accepted lengths in the same forward: more rows, fewer forwards, the same tokens. How
+many pay depends on where the cost of a forward stops being flat, so it is measured and not guessed.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from refusion import hub
+from refusion.atomic import atomic_file
+from refusion.engine.network import FlatNetwork, KeyValues
+from refusion.model.rows import Rows, Spans, Tiles
+
+CPU_WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+GPU_WIDTHS = (1, 16, 32, 64, 128, 192, 256, 512, 1024, 2048, 4096)
+NUM_CACHED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """Seconds of a forward by its number of rows, at growing widths."""
+
+    widths: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def cost(self, num_rows: "float | np.ndarray") -> "float | np.ndarray":
+        """Seconds of a forward of `num_rows`, linear between the measured widths and beyond the last."""
+        last = self.seconds[-1] + (np.asarray(num_rows) - self.widths[-1]) * self._slope()
+        return np.where(np.asarray(num_rows) > self.widths[-1], last, np.interp(num_rows, self.widths, self.seconds))
+
+    def _slope(self) -> float:
+        return (self.seconds[-1] - self.seconds[-2]) / (self.widths[-1] - self.widths[-2])
+
+
+def choose_candidates(costs: CostTable, rows: Sequence[float], accepted: np.ndarray, share_judged: float) -> int:
+    """How many accepted lengths to prepare for: the number that makes decoding fastest.
+
+    rows[a]: rows of the forward if a lengths are prepared; accepted[n]: how often a slot advanced by n tokens so far;
+    share_judged: share of the requests whose drafts this forward judges. A request whose length was not prepared needs one forward more.
+    """
+    total = accepted.sum()
+    uncovered = 1.0 - np.cumsum(accepted)[: len(rows)] / total if total else np.full(len(rows), 0.5)
+    uncovered = np.pad(uncovered, (0, len(rows) - len(uncovered)))
+    expected = np.asarray(costs.cost(np.asarray(rows))) * (1.0 + share_judged * uncovered)
+    return int(expected.argmin())
+
+
+def measured_costs(network: FlatNetwork) -> CostTable:
+    """The cost table of this network on this machine; measured once (seconds), then read from the cache directory."""
+    path = hub.cache_dir() / "costs" / f"{_fingerprint(network)}.json"
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return CostTable(tuple(stored["widths"]), tuple(stored["seconds"]))
+    table = measure(network, GPU_WIDTHS if network.device.type == "cuda" else CPU_WIDTHS)
+    with atomic_file(path) as draft:
+        draft.write_text(json.dumps(asdict(table)), encoding="utf-8")
+    return table
+
+
+def measure(network: FlatNetwork, widths: Sequence[int], repeats: int = 5) -> CostTable:
+    """Median seconds of a forward with its readout, one request with NUM_CACHED tokens in the cache."""
+    seconds = []
+    for width in widths:
+        forward = _forward_of(network, width)
+        run = _captured(forward) if network.device.type == "cuda" else forward
+        seconds.append(_median_seconds(run, network.device, repeats))
+    monotone = np.maximum.accumulate(seconds)  # noise must not make a wider forward cheaper
+    return CostTable(tuple(widths), tuple(float(value) for value in monotone))
+
+
+def _forward_of(network: FlatNetwork, width: int) -> Callable[[], None]:
+    device = network.device
+    rows = Rows.empty(width, device)
+    rows.token_ids.copy_(torch.arange(width) % network.config.vocab_size)
+    rows.positions.copy_(torch.arange(width) + NUM_CACHED)
+    rows.rank.copy_(torch.arange(width))
+    rows.seat.zero_()
+    one = torch.ones(1, dtype=torch.int32, device=device)
+    table = torch.arange(NUM_CACHED // 16, dtype=torch.int32, device=device)[None]
+    spans = Spans(one * NUM_CACHED, one * 0, one * 0, one * 0, one * width, table, 16)
+    block = 16
+    first = torch.arange(0, width, block, dtype=torch.int32, device=device)
+    tiles = Tiles(torch.zeros_like(first), first, (first + block).clamp(max=width), block)
+    pool = KeyValues.empty(network.config, NUM_CACHED, device, network.dtype)
+    new = KeyValues.empty(network.config, width, device, network.dtype)
+    bias = torch.zeros(network.config.vocab_size, device=device)
+    given = torch.zeros(width, dtype=torch.int32, device=device)
+
+    def forward() -> None:
+        network.readout(network.forward(rows, spans, tiles, pool, new), bias, given)
+
+    return forward
+
+
+def _captured(forward: Callable[[], None]) -> Callable[[], None]:
+    forward()  # compiles and loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        forward()
+    return graph.replay
+
+
+def _median_seconds(run: Callable[[], None], device: torch.device, repeats: int) -> float:
+    taken = []
+    for _ in range(repeats + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return float(np.median(taken[2:]))
+
+
+def _fingerprint(network: FlatNetwork) -> str:
+    """Changes with whatever changes the costs: model shape, dtype, operations, device, threads, torch."""
+    device = torch.cuda.get_device_name(network.device) if network.device.type == "cuda" else f"cpu-{torch.get_num_threads()}"
+    shape = {**asdict(network.config), "dtype": str(network.dtype), "ops": type(network.ops).__name__}
+    said = json.dumps([shape, device, torch.__version__], sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]

@@ -1,0 +1,82 @@
+"""Sets of operations for `FlatNetwork`: plain torch (the reference), and Triton kernels."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refusion.model import attention_ops, ops
+from refusion.model.config import ModelConfig
+from refusion.model.quantize import Kind, quantize
+from refusion.model.rows import Rows, Spans, Tiles
+
+LARGEST_TILE = 32  # rows of a query tile
+
+
+class PlainOps:
+    """Operation by operation in torch, on any device."""
+
+    norm_linear = staticmethod(ops.norm_linear)
+    norm_gated = staticmethod(ops.norm_gated)
+    linear_add = staticmethod(ops.linear_add)
+    readout = staticmethod(ops.readout)
+    rotate_and_store = staticmethod(attention_ops.rotate_and_store)
+    store_rows = staticmethod(attention_ops.store_rows)
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.num_groups, self.dtype = config.num_attention_heads // config.num_key_value_heads, dtype
+
+    def prepare(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def plan_attention(self, rows: Rows, spans: Spans, tiles: Tiles) -> Any:
+        return attention_ops.prepare(rows, spans, self.num_groups, self.dtype)
+
+    def attend(
+        self,
+        query: Tensor,
+        new_keys: Tensor,
+        new_values: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: Rows,
+        spans: Spans,
+        tiles: Tiles,
+        plan: Any,
+    ) -> Tensor:
+        return attention_ops.attend(query, new_keys, new_values, keys, values, rows, spans, plan=plan)
+
+
+class TritonOps:
+    """Kernels of `refusion.model.kernels`; with `quantization` the matrices are held in 8 bits and the activations are not."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, quantization: Kind | None = None) -> None:
+        # Imported here: a machine without Triton runs everything else.
+        from refusion.model.kernels import attention, linear, readout, rotary, store
+
+        self.norm_linear, self.norm_gated, self.linear_add = linear.norm_linear, linear.norm_gated, linear.linear_add
+        self.readout, self.rotate_and_store, self.store_rows = readout.readout, rotary.rotate_and_store, store.store_rows
+        self._attend = attention.attend
+        self.quantization: Kind | None = quantization
+        num_groups = config.num_attention_heads // config.num_key_value_heads
+        self.workspace = attention.Workspace.for_device(LARGEST_TILE, num_groups, config.head_dim, device)
+
+    def prepare(self, weight: Tensor) -> Any:
+        return weight if self.quantization is None else quantize(weight, self.quantization)
+
+    def plan_attention(self, rows: Rows, spans: Spans, tiles: Tiles) -> Any:
+        return self.workspace
+
+    def attend(
+        self,
+        query: Tensor,
+        new_keys: Tensor,
+        new_values: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: Rows,
+        spans: Spans,
+        tiles: Tiles,
+        plan: Any,
+    ) -> Tensor:
+        return self._attend(query, new_keys, new_values, keys, values, rows, spans, tiles, plan)

@@ -1,0 +1,160 @@
+"""What the engine is asked for, where each request stands, and the answer it ends with."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from refusion.decoding.events import Event
+from refusion.decoding.params import SamplingParams, SlotSettings
+from refusion.decoding.sampling import cut_answer
+from refusion.engine.lanes import LaneKey
+from refusion.engine.prefix import ROOT
+from refusion.engine.runner import HostPages
+from refusion.errors import RequestError
+
+GAP = -1
+"""Stands in an unfinished answer where no token is final yet."""
+SMALLEST_LANE = 256
+"""Answers up to this many tokens share lanes whatever their max_tokens; above it, lanes grow by powers of two."""
+
+OnEvent = Callable[[Event], None]
+
+
+class FindStop(Protocol):
+    """Number of answer tokens to keep if a stop string has appeared, else None."""
+
+    def __call__(self, token_ids: list[int], /) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a request ends with."""
+
+    request: int  # the `index` it came with
+    token_ids: list[int]
+    decoder: str  # what wrote it
+    is_stopped: bool  # by EOS, a stop id or a stop string; otherwise the length ran out
+    num_generated: int  # tokens through the first EOS, before a stop string was cut off
+    num_forwards: int
+    seconds: float  # from the moment it got a seat
+    first_token_seconds: float  # from the moment it was asked until its first token was final
+    error: RequestError | None = None  # why it could not be finished
+
+    @property
+    def finish_reason(self) -> str:
+        return "stop" if self.is_stopped else "length"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewRequest:
+    """What a caller asks for. Its callbacks run on the thread that steps the engine."""
+
+    prompt_ids: Sequence[int]
+    sampling: SamplingParams
+    eos_ids: tuple[int, ...]
+    """Ids that end the answer, stop ids included."""
+    decoder: str
+    """"refusion", "autoregressive" or "auto"."""
+    slots: SlotSettings | None
+    """How "refusion" and "auto" cut the answer into slots."""
+    index: int = 0
+    """The caller's number for it: `Event.request`, `Answer.request`."""
+    on_answer: Callable[[Answer], None]
+    """Called once, unless the request is aborted."""
+    on_event: OnEvent | None = None
+    find_stop: FindStop | None = None
+
+
+class State(Enum):
+    """Where a request stands."""
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """All there is of a preempted request."""
+
+    pages: HostPages
+    rounds: dict[str, Tensor]
+    report: np.ndarray  # [R]
+    written: np.ndarray  # [N]
+    num_cached: int
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """A request on its way. `eq=False`: two requests are never the same one."""
+
+    new: NewRequest
+    arrival: int
+    prompt_ids: np.ndarray  # [P] int32
+    asked_at: float
+    key: LaneKey | None = None  # None: decoder "auto" has not chosen yet
+    state: State = State.WAITING
+    seat: int = -1
+    pages: list[int] = field(default_factory=list)
+    num_prefilled: int = 0  # prompt tokens in the cache
+    chain: int = ROOT  # of its last page the prefix cache knows
+    num_known_pages: int = 0  # whole prompt pages the prefix cache was told of
+    saved: Saved | None = None
+    seated_at: float | None = None
+    first_token_at: float | None = None
+    num_forwards: int = 0
+    token_ids: list[int] | None = None  # the finished answer
+
+    @property
+    def prefill_ids(self) -> np.ndarray:
+        """The prompt tokens that come before the first decode row: autoregressive decoding runs the last one as that row."""
+        assert self.key is not None, "which tokens are prefilled depends on the decoder"
+        return self.prompt_ids if self.key.slots is not None else self.prompt_ids[:-1]
+
+    @property
+    def has_listeners(self) -> bool:
+        return self.new.on_event is not None or self.new.find_stop is not None
+
+    @property
+    def is_seated(self) -> bool:
+        return self.seat >= 0
+
+
+def lane_key(new: NewRequest, decoder: str) -> LaneKey:
+    """The lane a request belongs to if it is decoded like this."""
+    sampling = new.sampling
+    max_tokens = max(SMALLEST_LANE, 1 << (sampling.max_tokens - 1).bit_length())
+    slots, width = None, 1
+    if decoder == "refusion":
+        assert new.slots is not None, "slot decoding needs slot settings"
+        width = min(new.slots.slots_per_block(sampling.max_tokens), new.slots.num_slots(max_tokens))
+        # However the blocks were described, those of the same length are the same.
+        slots = replace(new.slots, block_size=width * new.slots.slot_size, serial_blocks=None)
+    return LaneKey(
+        decoder=decoder,
+        slots=slots,
+        width=width,
+        max_tokens=max_tokens,
+        eos_ids=tuple(sorted(set(new.eos_ids))),
+        is_greedy=sampling.temperature == 0.0,
+        has_top_p=sampling.temperature > 0.0 and sampling.top_p < 1.0,
+    )
+
+
+def answer_room(new: NewRequest, key: LaneKey) -> int:
+    """Most answer tokens whose keys and values may be cached: whole slots."""
+    size = 1 if key.slots is None else key.slots.slot_size
+    return -(-new.sampling.max_tokens // size) * size
+
+
+def final_tokens(written: np.ndarray, new: NewRequest) -> list[int]:
+    """The answer as far as it is certain: from its beginning to the first gap, the first EOS or max_tokens."""
+    gaps = np.flatnonzero(written == GAP)
+    tokens: list[int] = written[: gaps[0] if len(gaps) else len(written)].tolist()
+    return cut_answer(tokens, list(new.eos_ids), new.sampling.max_tokens)

@@ -1,0 +1,379 @@
+"""Who takes part in the next forward, and with which pages. Which tokens win is the decoder's business.
+
+Requests get seats in the order of their arrival while seats and pages last. Their prompts join the cache in pieces, in the same forwards
+in which the others decode. When pages run out, the youngest request is put aside, whole, and goes on later where it stopped: the oldest
+always finds room, so everybody finishes. Lanes take turns and share the pages.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from refusion.engine.auto import ChooseDecoder
+from refusion.engine.candidates import ChooseCandidates
+from refusion.engine.lanes import LaneKey
+from refusion.engine.pages import PagePool
+from refusion.engine.prefix import PrefixCache
+from refusion.engine.requests import NewRequest, Request, State, answer_room, lane_key
+from refusion.engine.runner import PromptRows, Runner
+from refusion.engine.seats import Seats
+from refusion.engine.shapes import seat_bucket
+from refusion.errors import RequestError
+
+# P = prompt rows of a forward
+
+MOST_LANES = 8
+"""Lanes kept ready though nobody is in them."""
+PAGES_AHEAD = 4
+"""While more than half of the pages are free, a request gets so many more than it needs next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one forward may hold."""
+
+    num_seats: int
+    prompt_rows: int
+    decode_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Prompt tokens [first, end) of a request that join the cache in a forward."""
+
+    request: Request
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One forward, as the runner wants it, and the prompts it prefills."""
+
+    seats: Seats
+    num_seats: int
+    num_rows: int
+    candidates: int
+    prompt: PromptRows | None
+    pieces: list[Piece]
+
+
+class Scheduler:
+    """Requests that wait, requests on seats, and the pages they hold."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        limits: Limits,
+        *,
+        prefix_caching: bool,
+        choose_decoder: ChooseDecoder,
+        choose_candidates: ChooseCandidates,
+    ) -> None:
+        self.runner, self.limits = runner, limits
+        self.choose_decoder, self.choose_candidates = choose_decoder, choose_candidates
+        self._full_limits = limits
+        self.pool = PagePool(runner.num_pages)
+        self.prefix = PrefixCache(self.pool, runner.page_size, is_on=prefix_caching)
+        self.lanes: OrderedDict[LaneKey, Seats] = OrderedDict()  # the one served longest ago comes first
+        self.undecided: OrderedDict[int, Request] = OrderedDict()  # decoder "auto", not yet in a lane, by arrival
+        self.num_open = 0
+        self.num_preempted = 0  # so far
+        self.num_shared_tokens = 0  # prompt tokens so far that were found in the cache
+        self._blocked: Request | None = None  # the oldest that waits for pages: nobody younger gets a seat before it
+        self._leaving: list[Request] = []  # to be taken from their seats before the next forward
+
+    def check(self, new: NewRequest) -> None:
+        """Raises `RequestError` if the request could never run, however empty the engine."""
+        for decoder in ("refusion", "autoregressive") if new.decoder == "auto" else (new.decoder,):
+            key = lane_key(new, decoder)
+            num_tokens = len(new.prompt_ids) + answer_room(new, key)
+            if num_tokens > self.pool.num_pages * self.runner.page_size:
+                raise RequestError(
+                    f"prompt {new.index} has {len(new.prompt_ids)} tokens and max_tokens is {new.sampling.max_tokens}, together more than "
+                    f"the KV cache of {self.pool.num_pages * self.runner.page_size} tokens holds; lower max_tokens or raise cache_tokens"
+                )
+            if self._seats_that_fit(key) < 1:
+                raise RequestError(
+                    f"blocks of {_block(key)} tokens need {2 * _block(key)} rows in a forward of at most {self.limits.decode_rows}; "
+                    "lower block_size or raise max_decode_rows"
+                )
+
+    def add(self, request: Request) -> None:
+        """Queue up."""
+        self.num_open += 1
+        if request.new.decoder == "auto":
+            self.undecided[request.arrival] = request
+        else:
+            self._enter_lane(request, request.new.decoder)
+
+    def remove(self, request: Request) -> None:
+        """The request is over, finished or not; its pages are free at the next `schedule`."""
+        if request.state is not State.FINISHED:
+            self.num_open -= 1
+            request.state, request.saved = State.FINISHED, None
+            self.undecided.pop(request.arrival, None)
+            if request.is_seated:
+                self._leaving.append(request)
+
+    def schedule(self) -> Forward | None:
+        """The next forward; None if there is nothing to do. The forward before it must be settled."""
+        self._clear_seats()
+        if self.num_open == 0:
+            return None
+        self._decide()
+        for seats in list(self.lanes.values()):
+            if seats.has_work:
+                self._grow(seats)
+                self._admit(seats)
+                forward = self._forward(seats)
+                if forward is not None:
+                    return forward
+        raise AssertionError(f"{self.num_open} requests are open and none can run; {self.pool.num_free} pages are free")
+
+    def launched(self, forward: Forward) -> None:
+        """The forward is under way: its prompt rows will be in the cache."""
+        for piece in forward.pieces:
+            forward.seats.prefilled(piece.request, piece.end - piece.first)
+            self._remember_pages(piece.request)
+        self.lanes.move_to_end(forward.seats.key)
+
+    def failed(self, forward: Forward) -> bool:
+        """Memory did not suffice for the forward, which changed nothing: make the next one smaller. False if it cannot be."""
+        seats = forward.seats
+        for request in list(seats.requests):
+            if seats.is_fresh[request.seat]:
+                seats.unbegin(request)
+        seats.refresh_cached()
+        if len(seats) == 1 and (forward.prompt is None or self.limits.prompt_rows == 1):
+            self.limits = self._full_limits  # smaller ones were of no use
+            seats.num_seats = max(self._seats_that_fit(seats.key), 1)
+            return False
+        if forward.prompt is not None and self.limits.prompt_rows > 1:
+            self.limits = _with_fewer_prompt_rows(self.limits, len(forward.prompt.token_ids))
+        if len(seats) > 1:
+            seats.num_seats = len(seats) // 2
+            for request in _youngest_first(seats.requests)[: len(seats) - seats.num_seats]:
+                self._put_aside(seats, request)
+        return True
+
+    def reset(self) -> list[Request]:
+        """Forget all requests and pages; returns the requests that were open."""
+        everyone = [request for seats in self.lanes.values() for request in (*seats.requests, *(item[1] for item in seats.waiting))]
+        open_requests = [request for request in (*everyone, *self.undecided.values()) if request.state is not State.FINISHED]
+        for request in open_requests:
+            request.state, request.seat, request.pages = State.FINISHED, -1, []
+        for seats in self.lanes.values():
+            for seat in range(self.limits.num_seats):
+                seats.lane.rounds.retire(seat)
+            seats.requests.clear()
+            seats.waiting.clear()
+        self.pool = PagePool(self.runner.num_pages)
+        self.prefix = PrefixCache(self.pool, self.runner.page_size, is_on=self.prefix.is_on)
+        self.undecided.clear()
+        self._leaving.clear()
+        self.num_open, self._blocked = 0, None
+        return open_requests
+
+    # ---- lanes ----
+
+    def _enter_lane(self, request: Request, decoder: str) -> None:
+        request.key = lane_key(request.new, decoder)
+        self._lane(request.key).wait(request)
+
+    def _lane(self, key: LaneKey) -> Seats:
+        if key not in self.lanes:
+            self._drop_idle_lanes()
+            self.lanes[key] = Seats(key, self.runner.new_lane(key), max(self._seats_that_fit(key), 1))
+        return self.lanes[key]
+
+    def _drop_idle_lanes(self) -> None:
+        idle = [seats for seats in self.lanes.values() if not seats.has_work]
+        for seats in idle[: max(len(self.lanes) + 1 - MOST_LANES, 0)]:
+            self.runner.drop_lane(seats.lane)
+            del self.lanes[seats.key]
+
+    def _seats_that_fit(self, key: LaneKey) -> int:
+        """Seats of a lane: rows of a forward suffice even if every seat verifies and plans a whole block."""
+        rows_each = 1 if key.slots is None else 2 * _block(key)
+        return min(self.limits.num_seats, self.limits.decode_rows // rows_each)
+
+    def _decide(self) -> bool:
+        """The first undecided request goes where it would be decoded fastest, once a seat there is free. False if nobody went."""
+        if not self.undecided:
+            return False
+        request = next(iter(self.undecided.values()))
+        load = min(self.num_open, self.limits.num_seats)
+        decoder = self.choose_decoder(request.new, load)
+        seats = self._lane(lane_key(request.new, decoder))
+        if seats.is_full or seats.next_waiting() is not None:
+            return False
+        del self.undecided[request.arrival]
+        self._enter_lane(request, decoder)
+        return True
+
+    # ---- seats and pages ----
+
+    def _clear_seats(self) -> None:
+        for request in self._leaving:
+            if request.is_seated:
+                assert request.key is not None, "who sits is in a lane"
+                self.pool.release(self.lanes[request.key].leave(request))
+        self._leaving.clear()
+
+    def _grow(self, seats: Seats) -> None:
+        """Pages for all that the next forward may commit; the youngest requests make room if they must."""
+        for request in seats.short_of_pages(self.runner.page_size):
+            while request.is_seated and not self._extend(seats, request):
+                victim = _youngest_first(each for lane in self.lanes.values() for each in lane.requests)[0]
+                assert victim.key is not None, "who sits is in a lane"
+                self._put_aside(self.lanes[victim.key], victim)
+
+    def _extend(self, seats: Seats, request: Request) -> bool:
+        page_size = self.runner.page_size
+        missing = _pages_of(int(seats.wanted(request.seat)), page_size) - len(request.pages)
+        if missing <= 0:
+            return True  # somebody who moved
+        if not self.prefix.make_room(missing):
+            return False
+        if self.pool.num_free > self.pool.num_pages // 2:
+            missing = min(missing + PAGES_AHEAD, _pages_of(int(seats.most_cached[request.seat]), page_size) - len(request.pages))
+        seats.add_pages(request, self.pool.allocate(missing, after=request.pages[-1] if request.pages else -1))
+        return True
+
+    def _put_aside(self, seats: Seats, request: Request) -> None:
+        """Preempt: a decoding request is saved, one that still waits for its prompt begins anew."""
+        self.num_preempted += 1
+        if seats.is_decoding[request.seat]:
+            seats.save(request, self.runner)
+            request.state = State.PREEMPTED
+        else:
+            request.state = State.WAITING
+            request.num_prefilled = 0
+        self.pool.release(seats.leave(request))
+        seats.wait(request)
+
+    def _admit(self, seats: Seats) -> None:
+        """Seats for those who came first, while seats, pages and prompt rows last."""
+        rows_left = self.limits.prompt_rows - sum(
+            len(request.prefill_ids) - request.num_prefilled for request in seats.requests if request.state is State.PREFILLING
+        )
+        while not seats.is_full and rows_left > 0:
+            request = seats.next_waiting()
+            if request is None:
+                if not self._decide():
+                    return
+                continue
+            if self._waits_behind(request) or not self._seat(seats, request):
+                return
+            if request.state is State.PREFILLING:
+                rows_left -= len(request.prefill_ids) - request.num_prefilled
+
+    def _waits_behind(self, request: Request) -> bool:
+        """An older request of any lane waits for pages."""
+        blocked = self._blocked
+        if blocked is not None and (blocked.is_seated or blocked.state is State.FINISHED):
+            blocked = self._blocked = None
+        return blocked is not None and blocked.arrival < request.arrival
+
+    def _seat(self, seats: Seats, request: Request) -> bool:
+        """A seat with pages for all it had or its whole prompt, and for its next round; False if there are too few."""
+        page_size = self.runner.page_size
+        tokens = request.prefill_ids
+        cached = len(tokens) if request.saved is None else request.saved.num_cached
+        wanted = min(cached + seats.most_committed, len(tokens) + answer_room(request.new, seats.key))
+        shared, chain = [], request.chain
+        if request.saved is None:
+            match = self.prefix.match(tokens)
+            shared, chain = match.pages, match.chain
+        missing = _pages_of(wanted, page_size) - len(shared)
+        num_seated = sum(len(lane) for lane in self.lanes.values())
+        if not self.prefix.make_room(missing + num_seated):  # one page for each who is there already, or they are soon put aside
+            self.pool.release(shared)
+            self._blocked = request
+            return False
+        if request.saved is None:
+            self.num_shared_tokens += len(shared) * page_size
+            request.num_prefilled, request.chain, request.num_known_pages = len(shared) * page_size, chain, len(shared)
+        pages = shared + self.pool.allocate(missing, after=shared[-1] if shared else -1)
+        seats.seat_next(self.runner, pages)
+        return True
+
+    def _remember_pages(self, request: Request) -> None:
+        """Whole pages of its prompt are there for others."""
+        page_size = self.runner.page_size
+        for index in range(request.num_known_pages, request.num_prefilled // page_size):
+            tokens = request.prefill_ids[index * page_size : (index + 1) * page_size]
+            request.chain = self.prefix.add(request.chain, tokens, request.pages[index])
+            request.num_known_pages = index + 1
+        self.prefix.touch(request.chain)
+
+    # ---- the forward ----
+
+    def _forward(self, seats: Seats) -> Forward | None:
+        """Everybody who decodes, and prompt rows up to the limit; None if there is nobody."""
+        pieces = list(self._pieces(seats))
+        for request in seats.requests:
+            if request.state is State.PREFILLING and request.num_prefilled == len(request.prefill_ids):
+                seats.begin(request)  # all of its prompt was known
+        for piece in pieces:
+            if piece.end == len(piece.request.prefill_ids):
+                seats.begin(piece.request)
+        if not seats.requests:
+            return None
+        candidates = 0
+        if seats.key.slots is not None:
+            candidates = self.choose_candidates(seats.load(seats.key.slots.candidates()))
+        return Forward(
+            seats=seats,
+            num_seats=min(seat_bucket(len(seats)), self.limits.num_seats),
+            num_rows=seats.num_rows(candidates),
+            candidates=candidates,
+            prompt=self._prompt_rows(pieces) if pieces else None,
+            pieces=pieces,
+        )
+
+    def _pieces(self, seats: Seats) -> Iterator[Piece]:
+        """The next prompt tokens of those who came first."""
+        left = self.limits.prompt_rows
+        for request in sorted(seats.requests, key=lambda request: request.arrival):
+            missing = len(request.prefill_ids) - request.num_prefilled
+            if request.state is State.PREFILLING and missing > 0 and left > 0:
+                count = min(missing, left)
+                left -= count
+                yield Piece(request, request.num_prefilled, request.num_prefilled + count)
+
+    def _prompt_rows(self, pieces: list[Piece]) -> PromptRows:
+        page_size = self.runner.page_size
+        pieces = sorted(pieces, key=lambda piece: piece.request.seat)
+        positions = np.concatenate([np.arange(piece.first, piece.end, dtype=np.int32) for piece in pieces])
+        pages = np.concatenate(
+            [np.array(piece.request.pages, dtype=np.int32)[np.arange(piece.first, piece.end) // page_size] for piece in pieces]
+        )
+        ends = np.cumsum([piece.end - piece.first for piece in pieces]).tolist()
+        starts = [0, *ends[:-1]]
+        return PromptRows(
+            token_ids=np.concatenate([piece.request.prompt_ids[piece.first : piece.end] for piece in pieces]),
+            positions=positions,
+            targets=pages * page_size + positions % page_size,
+            spans=[(piece.request.seat, start, end) for piece, start, end in zip(pieces, starts, ends, strict=True)],
+        )
+
+
+def _block(key: LaneKey) -> int:
+    """Tokens of a block."""
+    return key.width * (1 if key.slots is None else key.slots.slot_size)
+
+
+def _pages_of(num_tokens: int, page_size: int) -> int:
+    return -(-num_tokens // page_size)
+
+
+def _youngest_first(requests: "Iterator[Request] | list[Request]") -> list[Request]:
+    return sorted(requests, key=lambda request: -request.arrival)
+
+
+def _with_fewer_prompt_rows(limits: Limits, failed: int) -> Limits:
+    return Limits(limits.num_seats, max(min(limits.prompt_rows, failed) // 2, 1), limits.decode_rows)
