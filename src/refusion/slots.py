@@ -4,7 +4,7 @@ Everything here is a pure function of its arguments and an explicit generator, i
 what to predict and what it may see; packing rows, building masks and losses is left to `refusion.training`.
 
 Visibility, for every layout alike: inside its document token i sees token j if j < visible[i], or if both belong to the same mask group
-(group > 0) and j <= i. A clean token has visible = i + 1 and group 0.
+(group > 0) and j <= i, or to the same bidirectional group (group < 0). A clean token of a causal layout has visible = i + 1, group 0.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ class SlotRow:
     visible: IntArray
     """Index in the row of the first token that a token does not see, its mask group aside."""
     group: IntArray
-    """0 for prompt and clean tokens, 1, 2, ... for mask groups."""
+    """0 for prompt and clean tokens, 1, 2, ... for mask groups (causal inside), -1, -2, ... for bidirectional ones."""
     teacher_rows: IntArray
     """Index in the *original text* (prompt + answer) whose plain causal logits predict the same target; -1 where none does."""
-    mask_probability: float
-    """p of the masking draw; masked targets weigh 1 / (p * answer_length)."""
+    mask_probability: float | FloatArray
+    """p of the masking draw, or [T] where tokens differ in it; masked targets weigh num_units / (p * answer_length)."""
     answer_length: int
     slot_size: int
+    num_units: int = 1
+    """The row's share in the normaliser of the MDM term: 1 for a mean over documents, answer_length for a mean over answer tokens."""
 
     @property
     def is_masked(self) -> BoolArray:
@@ -52,8 +54,8 @@ class SlotRow:
 
     @property
     def weights(self) -> FloatArray:
-        """[T] weight of each target before the global normalisers: 1 for AR, 1 / (p * |answer|) for MDM, 0 without a target."""
-        masked_weight = 1.0 / (self.mask_probability * self.answer_length)
+        """[T] weight of each target before the global normalisers: 1 for AR, units / (p * |answer|) for MDM, 0 without a target."""
+        masked_weight = self.num_units / (self.mask_probability * self.answer_length)
         return np.where(self.terms == MDM_TERM, masked_weight, (self.terms == AR_TERM).astype(np.float64))
 
 

@@ -8,6 +8,8 @@ without showing half a character. Which ids a model may emit is read by the deco
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -59,6 +61,21 @@ class Tokenizer:
                 f"{path} has no tokenizer.json; write one with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
         return cls(file, TokenizerSettings.from_pretrained(path))
+
+    def with_chat_template(self, template: str) -> Tokenizer:
+        """The same tokenizer with another chat template. Raises CheckpointError if the template is broken."""
+        other = Tokenizer(self._file, dataclasses.replace(self._settings, chat_template=template))
+        assert other._template is not None
+        return other
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._settings.chat_template is not None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with everything that token ids depend on: the tokenizer's file, its settings, the chat template."""
+        return hashlib.sha256(self._file.read_bytes() + repr(self._settings).encode()).hexdigest()
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """The ids of `text`; what looks like a special token in it stays text.

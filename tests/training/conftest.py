@@ -27,7 +27,10 @@ def small_recipe() -> Callable[..., Recipe]:
     """Build the small recipe; keyword arguments are sections whose keys are added: small_recipe(run={"seed": 1})."""
 
     def build(**sections: Mapping[str, Any]) -> Recipe:
-        return recipe_from_table({name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in SMALL.keys() | sections.keys()})
+        table = {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in SMALL.keys() | sections.keys()}
+        if "name" in sections.get("objective", {}):
+            table["objective"] = {"chunk_size": 64, **sections["objective"]}
+        return recipe_from_table(table)
 
     return build
 

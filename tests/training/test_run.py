@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from refusion.errors import CheckpointError, ConfigError
+from refusion.tokenizer import Tokenizer
+from refusion.training.base import TOY_MASK_ID, BaseModel, load_base, toy_config
+from refusion.training.data import Examples
 from refusion.training.recipe import Recipe
-from refusion.training.run import TOY_MASK_ID, TrainingReport, load_base, train
+from refusion.training.run import TrainingReport, train
+from refusion.training.trainer import Probe
 
 Build = Callable[..., Recipe]
 Weights = Callable[[Path], dict[str, Tensor]]
@@ -46,7 +50,7 @@ def test_seeds_reproduce_a_run_and_another_seed_gives_another(tmp_path: Path, sm
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("objective", [{}, {"distill": 0.5}, {"name": "autoregressive", "serial_share": 0.0, "text_order_share": 0.0}])
+@pytest.mark.parametrize("objective", [{}, {"distill": 0.5}, {"name": "autoregressive"}, {"name": "block_diffusion", "block_size": 8}])
 def test_accumulated_micro_batches_equal_one_big_batch(
     tmp_path: Path, small_recipe: Build, final_weights: Weights, objective: dict[str, object]
 ) -> None:
@@ -105,6 +109,11 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path: Path, small_recipe: Buil
         _train(recipe, tmp_path)
 
 
+def test_resuming_needs_a_checkpoint(tmp_path: Path, small_recipe: Build) -> None:
+    with pytest.raises(ConfigError, match="holds no checkpoint to resume from"):
+        train(small_recipe(), output=tmp_path, resume=True, report=lambda line: None)
+
+
 def test_a_time_limit_saves_a_checkpoint_to_go_on_from(tmp_path: Path, small_recipe: Build) -> None:
     report = _train(small_recipe(run={"time_limit_minutes": 1e-9}), tmp_path)
     assert (report.steps, report.model) == (1, "")
@@ -151,9 +160,156 @@ def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(
     assert train(small_recipe(run={"save_steps": 2}), output=tmp_path, resume=True, report=lambda line: None).steps == 4
 
 
+def test_changed_data_under_the_same_name_is_named_on_resume(tmp_path: Path, small_recipe: Build) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt_ids": [3, 9], "answer_ids": [10, 11, 1]}\n' * 8)
+    recipe = small_recipe(data={"sources": [str(rows)]}, run={"save_steps": 2})
+    _train(recipe, tmp_path / "run")
+    rows.write_text('{"prompt_ids": [3, 9], "answer_ids": [10, 12, 1]}\n' * 8)
+    with pytest.raises(ConfigError, match=r"the data has changed \(checksum \d+ -> \d+\)"):
+        train(recipe, output=tmp_path / "run", resume=True, report=lambda line: None)
+
+
+def test_a_recipe_of_an_older_version_resumes_with_the_defaults_of_new_settings(tmp_path: Path, small_recipe: Build) -> None:
+    recipe = small_recipe(run={"save_steps": 2})
+    _train(recipe, tmp_path)
+    table = recipe.to_table()
+    del table["parallel"], table["run"]["validate_steps"]
+    (tmp_path / "recipe.json").write_text(json.dumps(table))
+    assert train(recipe, output=tmp_path, resume=True, report=lambda line: None).steps == 4
+
+
+def test_validation_scores_both_terms_without_changing_the_training(tmp_path: Path, small_recipe: Build, final_weights: Weights) -> None:
+    lines: list[str] = []
+    data = {"validation_rows": 10, "accumulation": 2}
+    recipe = small_recipe(data=data, run={"validate_steps": 2}, objective={"distill": 0.5}, method={"name": "lora", "dropout": 0.1})
+    report = train(recipe, output=tmp_path / "often", report=lines.append)
+    scored = [line for line in lines if "eval_loss_ar" in line]
+    assert len(scored) == 3, "after steps 2 and 4, and at the end"
+    assert scored[1] == scored[2], "the corruption is the same each time"
+    assert report.validation_ar is not None
+    assert f"eval_loss_ar {report.validation_ar:.4f}  eval_loss_mdm {report.validation_mdm:.4f}" in scored[2]
+    seldom = small_recipe(data=data, objective={"distill": 0.5}, method={"name": "lora", "dropout": 0.1})
+    again = _train(seldom, tmp_path / "seldom")
+    assert (again.validation_ar, again.validation_mdm) == (report.validation_ar, report.validation_mdm)
+    first, second = final_weights(tmp_path / "often"), final_weights(tmp_path / "seldom")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_validation_rows_of_their_own_have_the_loss_that_training_on_them_reports(tmp_path: Path, small_recipe: Build) -> None:
+    """A constant learning rate of nearly 0: what training reports as its loss is the loss of the base."""
+    toy = {"sources": [{"toy": 6}], "pack_length": 512, "rows_per_step": 1}
+    objective = {"name": "autoregressive"}
+    optimizer = {"learning_rate": 1e-12}
+    report = _train(
+        small_recipe(data={**toy, "validation": [{"toy": 6}]}, objective=objective, optimizer=optimizer, run={"max_steps": 1}), tmp_path
+    )
+    assert report.validation_ar == pytest.approx(report.loss_ar, rel=1e-5)
+    assert report.validation_mdm == 0
+
+
+def test_a_probe_measures_on_schedule_and_leaves_no_trace(tmp_path: Path, small_recipe: Build, final_weights: Weights) -> None:
+    lines: list[str] = []
+    asked: list[int] = []
+
+    def factory(recipe: Recipe, base: BaseModel, validation: Examples) -> Probe:
+        asked.append(len(validation))
+
+        def probe(model: torch.nn.Module) -> dict[str, float]:
+            torch.rand(5)
+            assert not model.training
+            return {"tpf": 1.5}
+
+        return probe
+
+    recipe = small_recipe(data={"validation_rows": 9}, run={"probe_steps": 3, "probe_rows": 5}, method={"name": "lora", "dropout": 0.1})
+    train(recipe, output=tmp_path / "probed", probe_factory=factory, report=lines.append)
+    assert [line.split()[1] for line in lines if "probe_tpf 1.5000" in line] == ["3/4", "4/4"]
+    assert asked == [5]
+    _train(small_recipe(data={"validation_rows": 9}, method={"name": "lora", "dropout": 0.1}), tmp_path / "plain")
+    probed, plain = final_weights(tmp_path / "probed"), final_weights(tmp_path / "plain")
+    assert all(torch.equal(probed[name], plain[name]) for name in plain)
+    with pytest.raises(ConfigError, match="must pass probe_factory"):
+        _train(recipe, tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"set data\.validation_rows"):
+        train(small_recipe(run={"probe_steps": 3}), output=tmp_path / "no-rows", probe_factory=factory, report=lambda line: None)
+
+
+def test_a_chat_template_of_the_recipe_goes_into_the_final_model(tmp_path: Path, small_recipe: Build, tiny_model_dir: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "a", "response": "b"}\n' * 4)
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    data = {"sources": [str(rows)]}
+    report = _train(small_recipe(model={"base": str(base), "chat_template": str(template)}, data=data), tmp_path / "run")
+    assert Tokenizer.from_pretrained(report.model).render_chat([{"role": "user", "content": "a"}]) == "[a]"
+    with pytest.raises(ConfigError, match=r"model\.chat_template = 'alpaca' is unknown: neither a Jinja file nor one of 'chatml'"):
+        _train(small_recipe(model={"base": str(base), "chat_template": "alpaca"}, data=data), tmp_path / "other")
+
+
+def test_a_finished_model_is_pushed_on_request(tmp_path: Path, small_recipe: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, object]] = []
+
+    class Api:
+        def create_repo(self, repository: str, *, exist_ok: bool) -> str:
+            calls.append((repository, exist_ok))
+            return f"https://hub.example/{repository}"
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            calls.append((repo_id, sorted(p.name for p in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    report = train(small_recipe(), output=tmp_path, push="me/model", report=lambda line: None)
+    assert report.pushed_to == "https://hub.example/me/model"
+    assert calls[0] == ("me/model", True)
+    assert "model.safetensors" in str(calls[1])
+
+
+def test_a_push_that_fails_says_where_the_model_lies(tmp_path: Path, small_recipe: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"cannot push to me/model: .*; the model lies in .*final"):
+        train(small_recipe(), output=tmp_path, push="me/model", report=lambda line: None)
+    assert (tmp_path / "final" / "model.safetensors").exists()
+
+
+def test_qlora_without_bitsandbytes_says_what_to_install(
+    tmp_path: Path, small_recipe: Build, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs bitsandbytes; `pip install bitsandbytes`, or use 'lora'"):
+        _train(small_recipe(model={"base": str(tiny_model_dir)}, method={"name": "qlora"}), tmp_path)
+
+
+def test_qlora_trains_over_four_bits_and_leaves_a_whole_model(tmp_path: Path, small_recipe: Build, final_weights: Weights) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = tmp_path / "base"
+    config = toy_config()
+    config.mask_token_id = TOY_MASK_ID
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(base)
+    recipe = small_recipe(model={"base": str(base)}, method={"name": "qlora", "rank": 4}, run={"save_steps": 2})
+    _train(recipe, tmp_path / "run")
+    before, after = model.state_dict(), final_weights(tmp_path / "run")
+    assert _moved_rows(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"]) == [TOY_MASK_ID]
+    assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_deepspeed_that_is_not_installed_says_what_to_do(tmp_path: Path, small_recipe: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refusion.training.arguments.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs DeepSpeed; `pip install deepspeed`, or use 'fsdp'"):
+        _train(small_recipe(parallel={"name": "deepspeed"}), tmp_path)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tmp_path: Path, small_recipe: Build) -> None:
     with pytest.raises(ConfigError, match=r"lower optimizer\.learning_rate"):
         _train(small_recipe(optimizer={"learning_rate": 1e30, "max_grad_norm": 0.0}, run={"max_steps": 10}), tmp_path)
+
+
+def test_flex_attention_on_a_cpu_is_refused(tmp_path: Path, small_recipe: Build) -> None:
+    with pytest.raises(ConfigError, match="'flex' has no backward pass on a CPU; use 'sdpa'"):
+        _train(small_recipe(model={"attention": "flex"}), tmp_path)
 
 
 def test_a_base_without_mask_token_is_refused(tmp_path: Path, small_recipe: Build) -> None:

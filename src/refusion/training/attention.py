@@ -19,10 +19,11 @@ FLEX_NAME = "refusion_flex"
 
 
 def visibility(start: Tensor, visible: Tensor, group: Tensor) -> Tensor:
-    """[R, L, L] bool: token i sees token j if start[i] <= j and (j < visible[i], or both are in one mask group and j <= i)."""
+    """[R, L, L] bool: token i sees token j if start[i] <= j and (j < visible[i], or both are in one group: > 0 and j <= i, or < 0)."""
     key = torch.arange(start.shape[1], device=start.device)
     query = key.unsqueeze(-1)
-    in_group = (group.unsqueeze(-1) == group.unsqueeze(-2)) & (group.unsqueeze(-1) > 0) & (key <= query)
+    mine = group.unsqueeze(-1)
+    in_group = (mine == group.unsqueeze(-2)) & ((mine < 0) | ((mine > 0) & (key <= query)))
     return (start.unsqueeze(-1) <= key) & ((key < visible.unsqueeze(-1)) | in_group)
 
 
@@ -36,7 +37,8 @@ def block_mask(start: Tensor, visible: Tensor, group: Tensor) -> BlockMask:
     """The same visibility as FlexAttention block masks."""
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        in_group = (group[row, query] == group[row, key]) & (group[row, query] > 0) & (key <= query)
+        mine = group[row, query]
+        in_group = (mine == group[row, key]) & ((mine < 0) | ((mine > 0) & (key <= query)))
         return (start[row, query] <= key) & ((key < visible[row, query]) | in_group)
 
     rows, length = start.shape

@@ -7,6 +7,7 @@ and all of them see the same corruption. What the rows mean is `refusion.slots`;
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,18 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from refusion.slots import (
-    AR_TERM,
-    IGNORED,
-    IntArray,
-    SlotRow,
-    autoregressive_row,
-    keyed_uniforms,
-    permute_slots,
-    row_generator,
-    serial_row,
-)
+from refusion.slots import AR_TERM, IGNORED, IntArray, SlotRow, keyed_uniforms
 from refusion.training.data import Examples
+from refusion.training.layouts import Layout, make_layout
 from refusion.training.recipe import ObjectiveSettings
 
 # R = packed rows, L = tokens in a row, N = targets
@@ -37,7 +29,8 @@ Batch = dict[str, Any]
 
 OPEN_ROWS = 64
 """Rows that packing keeps open at once; more pack tighter but mix documents from further apart."""
-_COPIES, _LAYOUT, _TEXT_ORDER, _SLOT_SIZE = range(4)  # streams of keyed_uniforms
+VALIDATION_EPOCH = 2**32 - 1
+_COPIES_STREAM = 0  # of keyed_uniforms; `layouts` has the others
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,44 +43,18 @@ class Corruption:
     seed: int
     pack_length: int
 
+    @property
+    def layout(self) -> Layout:
+        return make_layout(self.objective, mask_token_id=self.mask_token_id, seed=self.seed, pack_length=self.pack_length)
+
     def lengths(self, epoch: int, ids: IntArray) -> IntArray:
         """[D] an upper bound, nearly always exact, of each row's length, without building it. `ids` count copies: id % N is the example."""
         index = ids % len(self.examples)
-        prompt, answer = self.examples.prompt_lengths[index], self.examples.answer_lengths[index]
-        masked = np.where(self._is_serial(epoch, ids), answer, 0)
-        if self.objective.serial_groups:
-            masked = np.minimum(masked, self.objective.serial_groups * self._slot_sizes(epoch, ids))
-        return np.minimum(prompt + answer + masked, self.pack_length)
+        return self.layout.lengths(epoch, ids, self.examples.prompt_lengths[index], self.examples.answer_lengths[index])
 
     def row(self, epoch: int, example_id: int) -> SlotRow:
         """The corrupted row of one example in one epoch."""
-        prompt, answer = self.examples.pair(example_id % len(self.examples))
-        if self.objective.name == "autoregressive":
-            return autoregressive_row(prompt, answer)
-        ids = np.array([example_id])
-        generator = row_generator(self.seed, epoch, example_id)
-        slot_size = int(self._slot_sizes(epoch, ids)[0])
-        if self._is_serial(epoch, ids)[0]:
-            return serial_row(
-                prompt,
-                answer,
-                mask_token_id=self.mask_token_id,
-                generator=generator,
-                slot_size=slot_size,
-                max_groups=self.objective.serial_groups or None,
-                max_length=self.pack_length,
-            )
-        keeps_order = keyed_uniforms(self.seed, epoch, ids, _TEXT_ORDER)[0] < self.objective.text_order_share
-        return permute_slots(
-            prompt, answer, mask_token_id=self.mask_token_id, generator=generator, slot_size=slot_size, keep_text_order=bool(keeps_order)
-        )
-
-    def _is_serial(self, epoch: int, ids: IntArray) -> np.ndarray:
-        return keyed_uniforms(self.seed, epoch, ids, _LAYOUT) < self.objective.serial_share
-
-    def _slot_sizes(self, epoch: int, ids: IntArray) -> IntArray:
-        sizes = np.asarray(self.objective.slot_sizes, dtype=np.int64)
-        return sizes[(keyed_uniforms(self.seed, epoch, ids, _SLOT_SIZE) * len(sizes)).astype(np.int64)]
+        return self.layout.row(epoch, example_id, *self.examples.pair(example_id % len(self.examples)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +149,21 @@ def make_schedule(corruption: Corruption, *, rows_per_step: int, max_steps: int,
     )
 
 
+def validation_schedule(corruption: Corruption, *, rows_per_step: int) -> Schedule:
+    """Every example once, corrupted in the same way each time: the draws of an epoch that no training reaches."""
+    examples = corruption.examples
+    once = dataclasses.replace(examples, weights=np.ones(len(examples)))
+    plain = dataclasses.replace(corruption, examples=once, objective=dataclasses.replace(corruption.objective, distill=0.0))
+    plan = plan_epoch(plain, VALIDATION_EPOCH)
+    return Schedule(
+        corruption=plain,
+        rows_per_step=rows_per_step,
+        num_steps=math.ceil(plan.num_rows / rows_per_step),
+        plans=[plan],
+        first_rows=[0, plan.num_rows],
+    )
+
+
 class PackedBatches(IterableDataset):  # pyright: ignore[reportMissingTypeArgument]  (torch leaves the item type open)
     """Yields this process's micro-batches, ready packed, from optimizer step `start_step` on."""
 
@@ -244,7 +226,7 @@ def pack_batch(
     target_terms; with `originals` (the texts prompt + answer, None where nothing is distilled) also target_teacher (into the flattened
     teacher rows; distilled targets come first, num_teacher_chunks chunks of them) and teacher_input_ids, teacher_position_ids,
     teacher_start [Rt, L].
-    num_documents, num_ar, num_tokens and num_teacher_chunks are plain ints.
+    num_documents, num_units, num_ar, num_tokens and num_teacher_chunks are plain ints.
     """
     shape = (len(rows), pack_length)
     own = np.arange(pack_length, dtype=np.int64)
@@ -260,7 +242,7 @@ def pack_batch(
     }
     teacher = _TeacherRows(pack_length, pad_id)
     target_teacher = np.full(shape, -1, dtype=np.int64)
-    num_tokens = 0
+    num_tokens, num_units = 0, 0
     for r, documents in enumerate(rows):
         begin, num_groups = 0, 0
         for d, document in enumerate(documents):
@@ -272,20 +254,25 @@ def pack_batch(
             arrays["terms"][r, span] = document.terms
             arrays["start"][r, span] = begin
             arrays["visible"][r, span] = document.visible + begin
-            arrays["group"][r, span] = np.where(document.group > 0, document.group + num_groups, 0)
+            arrays["group"][r, span] = document.group + num_groups * np.sign(document.group)
             original = originals[r][d] if originals is not None else None
             if original is not None:
                 offset = teacher.add(original)
                 target_teacher[r, span] = np.where(document.teacher_rows >= 0, document.teacher_rows + offset, -1)
-            num_groups += int(document.group.max())
+            num_groups += int(np.abs(document.group).max())
+            num_units += document.num_units
             begin = span.stop
         num_tokens += begin
     batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
     batch |= _targets(arrays, target_teacher if originals is not None else None, chunk_size)
     if originals is not None:
         batch |= teacher.tensors(len(rows))
-    counts = {"num_documents": sum(map(len, rows)), "num_ar": int((arrays["terms"] == AR_TERM).sum()), "num_tokens": num_tokens}
-    return batch | counts
+    return batch | {
+        "num_documents": sum(map(len, rows)),
+        "num_units": num_units,
+        "num_ar": int((arrays["terms"] == AR_TERM).sum()),
+        "num_tokens": num_tokens,
+    }
 
 
 def _targets(arrays: dict[str, np.ndarray], teacher: np.ndarray | None, chunk_size: int) -> Batch:
@@ -355,7 +342,7 @@ def _copies(corruption: Corruption, epoch: int) -> IntArray:
     """Ids of an epoch: copy c of example n has id n + c * N; the fraction of a weight is one more copy by chance."""
     weights = corruption.examples.weights
     count = len(weights)
-    extra = keyed_uniforms(corruption.seed, epoch, np.arange(count), _COPIES) < weights % 1
+    extra = keyed_uniforms(corruption.seed, epoch, np.arange(count), _COPIES_STREAM) < weights % 1
     copies = weights.astype(np.int64) + extra
     base = np.repeat(np.arange(count), copies)
     ordinal = np.arange(len(base)) - np.repeat(np.cumsum(copies) - copies, copies)

@@ -1,122 +1,81 @@
-"""Training rows: JSONL files and toy tasks, tokenised once into flat arrays. Order, repetition and corruption are `batches`' business."""
+"""Training examples: every source tokenised once into flat arrays, in memory or, for sets larger than that, memory-mapped from disk.
+
+Order, repetition and corruption are the business of `batches`; reading files that of `sources`, rows that of `encoder`.
+"""
 
 from __future__ import annotations
 
-import glob
-import gzip
+import dataclasses
+import hashlib
 import json
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from refusion.errors import DataError, RequestError
+from refusion.atomic import atomic_directory
+from refusion.errors import DataError
 from refusion.slots import IntArray
 from refusion.tokenizer import Tokenizer
-from refusion.training.recipe import DataSettings, Source
+from refusion.training.encoder import Limits, RowEncoder, encode_rows
+from refusion.training.recipe import DataSettings, ObjectiveSettings, Source
+from refusion.training.sources import read_queries, read_source, source_files
 
-CHUNK_ROWS = 512
+CACHE_VERSION = 1
+REPORTED_SKIPS = 10
+"""Skipped rows that are named one by one; of more, only the number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Examples:
-    """N tokenised pairs: prompt n is tokens[starts[n] : answers[n]], its answer tokens[answers[n] : starts[n + 1]]."""
+    """N tokenised pairs: prompt n is tokens[starts[n] : answers[n]], its answer tokens[answers[n] : ends[n]]."""
 
     tokens: npt.NDArray[np.int32]
     starts: IntArray
-    """[N + 1]"""
     answers: IntArray
-    """[N]"""
+    ends: IntArray
     weights: npt.NDArray[np.float64]
     """[N] how often an epoch repeats each pair."""
     is_distilled: npt.NDArray[np.bool_]
     """[N] whether the base model's logits may teach a pair."""
+    checksum: int = 0
+    """CRC-32 of all token ids: a resumed run must have the same."""
     num_skipped: int = 0
     """Malformed rows that were skipped."""
     num_excluded: int = 0
     """Rows whose query is on the exclusion list."""
     num_too_long: int = 0
-    """Rows longer than a packed row."""
+    """Rows longer than a packed row or than the model's context."""
 
     def __len__(self) -> int:
         return len(self.answers)
 
     @property
     def prompt_lengths(self) -> IntArray:
-        return self.answers - self.starts[:-1]
+        return self.answers - self.starts
 
     @property
     def answer_lengths(self) -> IntArray:
-        return self.starts[1:] - self.answers
+        return self.ends - self.answers
+
+    @property
+    def num_tokens(self) -> int:
+        return int((self.ends - self.starts).sum())
 
     def pair(self, index: int) -> tuple[IntArray, IntArray]:
         """Prompt and answer ids of one example."""
-        start, answer, end = self.starts[index], self.answers[index], self.starts[index + 1]
+        start, answer, end = self.starts[index], self.answers[index], self.ends[index]
         return self.tokens[start:answer].astype(np.int64), self.tokens[answer:end].astype(np.int64)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowEncoder:
-    """Turns one JSON row into (prompt ids, answer ids), or None for an excluded query. Raises ValueError with the reason."""
-
-    tokenizer: Tokenizer | None
-    mask_token_id: int
-    vocab_size: int
-    source: Source
-    excluded_queries: frozenset[str] = frozenset()
-
-    def encode(self, row: Any) -> tuple[list[int], list[int]] | None:
-        if not isinstance(row, dict):
-            raise ValueError("a row must be a JSON object")  # noqa: TRY004  (reported with file and line as DataError)
-        if "prompt_ids" in row:
-            return self._ready_ids(row)
-        messages, response = self._conversation(row)
-        if messages[-1]["content"].strip() in self.excluded_queries:
-            return None
-        if not response.strip():
-            raise ValueError("the answer is empty")
-        if self.tokenizer is None:
-            raise ValueError("the model has no tokenizer: give prompt_ids and answer_ids")
-        try:
-            prompt = self.tokenizer.encode_chat(messages)
-        except RequestError as error:
-            raise ValueError(str(error)) from error
-        return prompt, [*self.tokenizer.encode(response), self.tokenizer.eos_token_ids[0]]
-
-    def _conversation(self, row: dict[str, Any]) -> tuple[list[dict[str, str]], str]:
-        """What precedes the last assistant turn, and that turn."""
-        if "messages" not in row:
-            query, response = row.get(self.source.query), row.get(self.source.response)
-            if not isinstance(query, str) or not isinstance(response, str):
-                raise ValueError(f'needs strings "{self.source.query}" and "{self.source.response}", or "messages"')
-            return [{"role": "user", "content": query}], response
-        messages = row["messages"]
-        if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
-            raise ValueError('"messages" must be a list of {"role", "content"} with text content')
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        if not turns or turns[-1] == 0:
-            raise ValueError('"messages" needs an assistant turn after at least one other')
-        return messages[: turns[-1]], messages[turns[-1]]["content"]
-
-    def _ready_ids(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
-        prompt, answer = row["prompt_ids"], row.get("answer_ids")
-        for name, ids in (("prompt_ids", prompt), ("answer_ids", answer)):
-            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
-                raise ValueError(f"{name} must be a list of token ids below {self.vocab_size}")
-            if self.mask_token_id in ids:
-                raise ValueError(f"{name} contains the mask token {self.mask_token_id}")
-        if not answer:
-            raise ValueError("the answer is empty")
-        if self.tokenizer is not None:
-            stray = (self.tokenizer.special_ids & set(answer)) - set(self.tokenizer.eos_token_ids)
-            if stray:
-                raise ValueError(f"answer_ids contains the special token {min(stray)}, which is never a target")
-        return prompt, answer
+    def select(self, index: IntArray) -> Examples:
+        """The examples of `index`; their tokens are not copied."""
+        picked = {name: getattr(self, name)[index] for name in ("starts", "answers", "ends", "weights", "is_distilled")}
+        return dataclasses.replace(self, **picked)
 
 
 def load_examples(
@@ -125,184 +84,140 @@ def load_examples(
     tokenizer: Tokenizer | None,
     mask_token_id: int,
     vocab_size: int,
+    context_length: int | None = None,
+    objective: ObjectiveSettings | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Examples:
-    """Read and tokenise every source. DataError names file and line of the first malformed row beyond `settings.max_skipped`."""
-    excluded = frozenset(query for path in settings.exclude for query in _queries(path))
-    parts: list[_Tokenised] = []
-    for source in settings.sources:
-        encoder = RowEncoder(
-            tokenizer=tokenizer, mask_token_id=mask_token_id, vocab_size=vocab_size, source=source, excluded_queries=excluded
-        )
-        tokenised = _tokenise(_numbered_lines(source), encoder)
-        for message in tokenised.errors[: settings.max_skipped]:
-            report(f"skipped: {message}")
-        parts.append(tokenised)
-        _check_skips(parts, settings.max_skipped)
-    return _join(parts, settings)
+    """Read and tokenise every source. DataError names file and line of the first malformed row beyond `settings.max_skipped`.
 
-
-def toy_rows(count: int, seed: int = 0) -> Iterator[dict[str, list[int]]]:
-    """String tasks over ids: prompt [BOS, letters, task], answer [letters copied, reversed or sorted, EOS]; ids as in `toy_config`."""
-    generator = np.random.default_rng(seed)
-    for _ in range(count):
-        letters = generator.integers(8, 64, int(generator.integers(6, 25)))
-        task = int(generator.integers(3))
-        answer = (letters, letters[::-1], np.sort(letters))[task]
-        yield {"prompt_ids": [3, *letters.tolist(), 4 + task], "answer_ids": [*answer.tolist(), 1]}
-
-
-@dataclass(frozen=True, slots=True)
-class _Tokenised:
-    prompts: list[npt.NDArray[np.int32]]
-    answers: list[npt.NDArray[np.int32]]
-    errors: list[str]
-    num_excluded: int
-    source: Source
-
-
-def _tokenise(lines: Iterator[tuple[str, int, str]], encoder: RowEncoder) -> _Tokenised:
-    """Tokenise (file, line number, text) triples, over all cores where there are many of them. Order is kept."""
-    result = _Tokenised([], [], [], 0, encoder.source)
-    num_excluded = 0
-    for pairs, errors, excluded in _map_chunks(encoder, lines):
-        num_excluded += excluded
-        result.errors.extend(errors)
-        for prompt, answer in pairs:
-            result.prompts.append(prompt)
-            result.answers.append(answer)
-    return _Tokenised(result.prompts, result.answers, result.errors, num_excluded, result.source)
-
-
-_Chunk = list[tuple[str, int, str]]
-_ChunkResult = tuple[list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]], list[str], int]
-
-
-def _map_chunks(encoder: RowEncoder, lines: Iterator[tuple[str, int, str]]) -> Iterator[_ChunkResult]:
-    chunks = list(_chunked(lines))
-    num_processes = min(len(os.sched_getaffinity(0)), len(chunks))
-    if num_processes < 2:
-        yield from (_encode_chunk(encoder, chunk) for chunk in chunks)
-        return
-    # fork shares the tokenizer without loading it again; the children only tokenise, they touch neither torch nor its threads.
-    with multiprocessing.get_context("fork").Pool(num_processes, _set_encoder, (encoder,)) as pool:
-        yield from pool.imap(_encode_in_worker, chunks)
-
-
-_worker_encoder: RowEncoder | None = None
-
-
-def _set_encoder(encoder: RowEncoder) -> None:
-    global _worker_encoder
-    _worker_encoder = encoder
-
-
-def _encode_in_worker(chunk: _Chunk) -> _ChunkResult:
-    assert _worker_encoder is not None, "the pool sets the encoder first"
-    return _encode_chunk(_worker_encoder, chunk)
-
-
-def _encode_chunk(encoder: RowEncoder, chunk: _Chunk) -> _ChunkResult:
-    pairs, errors, excluded = [], [], 0
-    for name, number, line in chunk:
-        try:
-            pair = encoder.encode(json.loads(line))
-        except ValueError as error:  # json.JSONDecodeError included
-            errors.append(f"{name}, line {number}: {error}")
-            continue
-        if pair is None:
-            excluded += 1
-        else:
-            pairs.append((np.asarray(pair[0], np.int32), np.asarray(pair[1], np.int32)))
-    return pairs, errors, excluded
-
-
-def _chunked(lines: Iterator[tuple[str, int, str]]) -> Iterator[_Chunk]:
-    chunk: _Chunk = []
-    for line in lines:
-        chunk.append(line)
-        if len(chunk) == CHUNK_ROWS:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _numbered_lines(source: Source) -> Iterator[tuple[str, int, str]]:
-    count = 0
-    for name, number, line in _source_lines(source):
-        if source.limit and count >= source.limit:
-            return
-        if line.strip():
-            count += 1
-            yield name, number, line
-
-
-def _source_lines(source: Source) -> Iterator[tuple[str, int, str]]:
-    if source.toy:
-        for number, row in enumerate(toy_rows(source.toy), 1):
-            yield "toy", number, json.dumps(row)
-        return
-    paths = sorted(glob.glob(source.path))
-    if not paths:
-        raise DataError(f"no data file at {source.path}; see data.sources in the recipe")
-    for path in paths:
-        yield from _file_lines(path)
-
-
-def _file_lines(path: str) -> Iterator[tuple[str, int, str]]:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                yield path, number, line
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-
-
-def _queries(path: str) -> Iterator[str]:
-    """The queries (or last user turns) of a file whose rows must not be trained on."""
-    if not Path(path).exists():
-        raise DataError(f"no file at {path}; see data.exclude in the recipe")
-    for name, number, line in _file_lines(path):
-        try:
-            row = json.loads(line)
-            query = row.get("query", row.get("question"))
-            if query is None:
-                query = [m["content"] for m in row["messages"] if m["role"] == "user"][-1]
-            yield query.strip()
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise DataError(f'{name}, line {number}: an excluded row needs "query", "question" or "messages"') from None
-
-
-def _check_skips(parts: Sequence[_Tokenised], max_skipped: int) -> None:
-    errors = [message for part in parts for message in part.errors]
-    if len(errors) > max_skipped:
-        more = f" ({len(errors)} malformed rows, data.max_skipped = {max_skipped})" if len(errors) > 1 else ""
-        raise DataError(f"{errors[0]}{more}")
-
-
-def _join(parts: Sequence[_Tokenised], settings: DataSettings) -> Examples:
-    prompts = [p for part in parts for p in part.prompts]
-    answers = [a for part in parts for a in part.answers]
-    weights = np.concatenate([np.full(len(part.prompts), part.source.weight) for part in parts])
-    is_distilled = np.concatenate([np.full(len(part.prompts), part.source.distill) for part in parts])
-    fits = np.array([len(p) + len(a) <= settings.pack_length for p, a in zip(prompts, answers, strict=True)], dtype=bool)
-    if not fits.any():
-        reason = f"all {len(fits)} rows are longer than data.pack_length = {settings.pack_length}" if len(fits) else "the data has no rows"
-        raise DataError(f"nothing to train on: {reason}")
-    pieces = [piece for p, a, fit in zip(prompts, answers, fits, strict=True) if fit for piece in (p, a)]
-    ends = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
-    return Examples(
-        tokens=np.concatenate(pieces),
-        starts=ends[::2],
-        answers=ends[1::2],
-        weights=weights[fits],
-        is_distilled=is_distilled[fits],
-        num_skipped=sum(len(part.errors) for part in parts),
-        num_excluded=sum(part.num_excluded for part in parts),
-        num_too_long=int((~fits).sum()),
+    With `settings.cache` the token ids lie there on disk, are made once for all processes and runs, and are mapped into memory.
+    """
+    limits = Limits(
+        pack_length=settings.pack_length,
+        context_length=settings.pack_length if context_length is None else context_length,
+        objective=objective or ObjectiveSettings(),
     )
+    excluded = frozenset(query for path in settings.exclude for query in read_queries(path))
+    encoders = [
+        RowEncoder(
+            tokenizer=tokenizer,
+            mask_token_id=mask_token_id,
+            vocab_size=vocab_size,
+            source=source,
+            limits=limits,
+            excluded_queries=excluded,
+        )
+        for source in settings.sources
+    ]
+    examples = _cached(encoders, settings, report) if settings.cache else _Writer(settings, report).run(encoders)
+    if not len(examples):
+        longest = min(limits.pack_length, limits.context_length)
+        reason = f"all {examples.num_too_long} rows are longer than data.pack_length or the model's context ({longest} tokens)"
+        raise DataError(f"nothing to train on: {reason if examples.num_too_long else 'the data has no rows'}")
+    return examples
 
 
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+def split_validation(examples: Examples, num_rows: int, seed: int) -> tuple[Examples, Examples]:
+    """(training, validation): `num_rows` examples drawn by `seed` are held out, whatever their weights."""
+    if num_rows >= len(examples):
+        raise DataError(f"data.validation_rows = {num_rows} leaves nothing to train on: there are {len(examples)} examples")
+    order = np.random.default_rng((seed, 0x7A11D)).permutation(len(examples))
+    return examples.select(np.sort(order[num_rows:])), examples.select(np.sort(order[:num_rows]))
+
+
+class _Writer:
+    """Collects what the encoders make: token ids in memory or in an open file, the rest in arrays."""
+
+    def __init__(self, settings: DataSettings, report: Callable[[str], None], file: BinaryIO | None = None) -> None:
+        self.settings = settings
+        self.report = report
+        self.file = file
+        self.pieces: list[npt.NDArray[np.int32]] = []
+        self.lengths: list[tuple[IntArray, IntArray]] = []
+        self.counts: list[int] = []
+        self.checksum = 0
+        self.num_errors = self.num_excluded = self.num_too_long = 0
+
+    def run(self, encoders: Sequence[RowEncoder]) -> Examples:
+        for encoder in encoders:
+            before = sum(len(answers) for _, answers in self.lengths)
+            for chunk in encode_rows(read_source(encoder.source), encoder):
+                self._check_skips(chunk.errors)
+                self._keep(chunk.tokens)
+                self.lengths.append((chunk.prompt_lengths, chunk.answer_lengths))
+                self.num_excluded += chunk.num_excluded
+                self.num_too_long += chunk.num_too_long
+            self.counts.append(sum(len(answers) for _, answers in self.lengths) - before)
+        return self._examples([encoder.source for encoder in encoders])
+
+    def _keep(self, tokens: npt.NDArray[np.int32]) -> None:
+        self.checksum = zlib.crc32(tokens.tobytes(), self.checksum)
+        if self.file is None:
+            self.pieces.append(tokens)
+        else:
+            self.file.write(tokens.data)
+
+    def _check_skips(self, errors: list[str]) -> None:
+        allowed = self.settings.max_skipped
+        if self.num_errors + len(errors) > allowed:
+            count = self.num_errors + len(errors)
+            more = f" ({count} malformed rows, data.max_skipped = {allowed})" if count > 1 else ""
+            raise DataError(f"{errors[0]}{more}")
+        for message in errors[: max(0, REPORTED_SKIPS - self.num_errors)]:
+            self.report(f"skipped: {message}")
+        self.num_errors += len(errors)
+
+    def _examples(self, sources: Sequence[Source]) -> Examples:
+        nothing = np.zeros(0, np.int64)
+        prompt, answer = (np.concatenate([nothing, *(pair[i] for pair in self.lengths)]) for i in (0, 1))
+        ends = np.cumsum(prompt + answer)
+        return Examples(
+            tokens=np.concatenate([np.zeros(0, np.int32), *self.pieces]),
+            starts=ends - prompt - answer,
+            answers=ends - answer,
+            ends=ends,
+            weights=np.repeat([float(source.weight) for source in sources], self.counts),
+            is_distilled=np.repeat([source.distill for source in sources], self.counts),
+            checksum=self.checksum,
+            num_skipped=self.num_errors,
+            num_excluded=self.num_excluded,
+            num_too_long=self.num_too_long,
+        )
+
+
+def _cached(encoders: Sequence[RowEncoder], settings: DataSettings, report: Callable[[str], None]) -> Examples:
+    """Tokenise into `settings.cache`, or take what lies there for the same files and settings. One process writes, others wait."""
+    from filelock import FileLock
+
+    place = Path(settings.cache) / _fingerprint(encoders, settings)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):
+        if not place.exists():
+            with atomic_directory(place) as draft, ExitStack() as stack:
+                file = stack.enter_context(open(draft / "tokens.i32", "wb"))
+                examples = _Writer(settings, report, file).run(encoders)
+                arrays = {name: getattr(examples, name) for name in ("starts", "answers", "ends", "weights", "is_distilled")}
+                np.savez(draft / "examples.npz", **arrays)
+                counts = {name: getattr(examples, name) for name in ("checksum", "num_skipped", "num_excluded", "num_too_long")}
+                (draft / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+    return _map_examples(place)
+
+
+def _map_examples(place: Path) -> Examples:
+    counts = json.loads((place / "counts.json").read_text(encoding="utf-8"))
+    path = place / "tokens.i32"
+    tokens: Any = np.memmap(path, np.int32, "r") if path.stat().st_size else np.zeros(0, np.int32)
+    with np.load(place / "examples.npz", allow_pickle=False) as arrays:
+        return Examples(tokens=tokens, **{name: arrays[name] for name in arrays.files}, **counts)
+
+
+def _fingerprint(encoders: Sequence[RowEncoder], settings: DataSettings) -> str:
+    """Changes with anything that the token ids depend on; files count by path, size and time of change."""
+    first = encoders[0]
+    paths = [path for encoder in encoders for path in source_files(encoder.source)] + list(settings.exclude)
+    files = [(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths]
+    limits = (first.limits.pack_length, first.limits.context_length, first.limits.objective.name, first.limits.objective.block_size)
+    sources = [dataclasses.asdict(encoder.source) for encoder in encoders]
+    tokenizer = None if first.tokenizer is None else first.tokenizer.fingerprint
+    what = [CACHE_VERSION, sources, files, limits, first.mask_token_id, first.vocab_size, settings.max_skipped, tokenizer]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]

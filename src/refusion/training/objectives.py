@@ -6,8 +6,9 @@ An objective is a row layout (`refusion.slots`) plus what is here: AR and MDM te
 
 from __future__ import annotations
 
+import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,8 @@ class LossSettings:
     only_row: int | None = None
     """The one row of the output head that is trained; None = all of them or none."""
     compiled: bool = False
+    is_bound: bool = False
+    """Whether `bind_objective` has taught the head to run the loss as its own forward."""
 
 
 def bind_objective(model: nn.Module, settings: LossSettings, teacher: nn.Module | None = None) -> None:
@@ -72,9 +75,21 @@ def bind_objective(model: nn.Module, settings: LossSettings, teacher: nn.Module 
     def forward(self: nn.Module, *args: Any, objective_batch: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         if objective_batch is None:
             return plain_forward(*args, **kwargs)
-        return packed_loss(self, objective_batch, settings, teacher)
+        return packed_loss(self, objective_batch, bound, teacher)
 
+    bound = dataclasses.replace(settings, is_bound=True)
     causal_lm.forward = types.MethodType(forward, causal_lm)
+    _let_head_apply(causal_lm.get_output_embeddings())
+
+
+def _let_head_apply(head: Any) -> None:
+    """Let `head(x, apply=f)` return f(): FSDP gathers a module's sharded weights for the time of its forward, and only then."""
+    plain_forward = head.forward
+
+    def forward(self: nn.Module, hidden: Tensor, *args: Any, apply: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        return plain_forward(hidden, *args, **kwargs) if apply is None else apply()
+
+    head.forward = types.MethodType(forward, head)
 
 
 def packed_loss(model: Any, batch: Mapping[str, Any], settings: LossSettings, teacher: Any = None) -> dict[str, Tensor]:
@@ -86,17 +101,22 @@ def packed_loss(model: Any, batch: Mapping[str, Any], settings: LossSettings, te
     normaliser = torch.where(terms == AR_TERM, batch["ar_normaliser"], batch["mdm_normaliser"])
     term_weights = torch.where(terms == AR_TERM, settings.ar_weight, 1.0)
     scales = batch["target_weights"] * term_weights / normaliser
-    total, losses = linear_cross_entropy(
-        targets,
-        head_weight(model),
-        batch["target_labels"],
-        scales,
-        chunk_size=settings.chunk_size,
-        dtype=dtype,
-        only_row=settings.only_row,
-        compiled=settings.compiled,
-        **({} if teacher is None else _teacher_arguments(teacher, batch, settings)),
-    )
+    teacher_arguments = {} if teacher is None else _teacher_arguments(teacher, batch, settings)
+
+    def head_loss() -> tuple[Tensor, Tensor]:
+        return linear_cross_entropy(
+            targets,
+            head_weight(model),
+            batch["target_labels"],
+            scales,
+            chunk_size=settings.chunk_size,
+            dtype=dtype,
+            only_row=settings.only_row,
+            compiled=settings.compiled,
+            **teacher_arguments,
+        )
+
+    total, losses = model.get_output_embeddings()(targets, apply=head_loss) if settings.is_bound else head_loss()
     weighted = losses * scales / term_weights
     ar, mdm = (torch.where(terms == term, weighted, 0.0).sum() for term in (AR_TERM, MDM_TERM))
     return {"loss": total, "ar": ar, "mdm": mdm}
@@ -129,10 +149,10 @@ def _last_hidden(
 
 def _teacher_arguments(teacher: Any, batch: Mapping[str, Any], settings: LossSettings) -> dict[str, Tensor]:
     """Hidden states of the frozen base model for the targets that have a teacher; those come first, in whole chunks."""
-    num_targets = batch["num_teacher_chunks"] * settings.chunk_size
-    rows = batch["target_teacher"][:num_targets]
-    if num_targets == 0:
+    num_targets = batch.get("num_teacher_chunks", 0) * settings.chunk_size
+    if num_targets == 0:  # nothing to distil, or rows that are only scored
         return {}
+    rows = batch["target_teacher"][:num_targets]
     ids, start = batch["teacher_input_ids"], batch["teacher_start"]
     visible = torch.arange(1, ids.shape[1] + 1, device=ids.device).expand_as(ids)
     weight = head_weight(teacher)

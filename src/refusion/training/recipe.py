@@ -1,6 +1,6 @@
 """Recipes: every setting of a training run as frozen dataclasses, filled from TOML and from `--set key=value`.
 
-Each default is written once, here; a recipe file names only what differs. Unknown keys are errors that suggest the nearest known one.
+Each default is written once, here; a recipe file names only what differs. An unknown key is an error that suggests one that looks alike.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +58,8 @@ class ModelSettings:
     """Named model, directory in the Hugging Face layout, or "toy" for a small random model over toy ids."""
     mask_token: str = ""
     """Token that becomes the mask token where the checkpoint's config.json has no mask_token_id."""
+    chat_template: str = ""
+    """Jinja file, or "chatml", that takes the place of the checkpoint's chat template and goes into the final model."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """bfloat16 = autocast over float32 master weights; auto = bfloat16 on a GPU, float32 elsewhere."""
     attention: Literal["sdpa", "flex"] = "sdpa"
@@ -70,10 +72,10 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One set of rows: JSONL files ({"query", "response"}, {"messages"} or {"prompt_ids", "answer_ids"}), or toy rows."""
+    """One set of rows ({"query", "response"}, {"messages"} or {"prompt_ids", "answer_ids"}), from files or toy rows."""
 
     path: str = ""
-    """File or glob, .jsonl or .jsonl.gz, relative to the working directory."""
+    """File or glob: .jsonl, .json (both also .gz) or .parquet, relative to the working directory."""
     weight: float = 1.0
     """How often an epoch repeats the source; 2.5 = twice, and half of the rows a third time, drawn anew each epoch."""
     limit: int = 0
@@ -103,6 +105,12 @@ class DataSettings:
     """JSONL files whose queries must not be trained on; rows with the same query are dropped."""
     max_skipped: int = 0
     """How many malformed rows may be skipped before training refuses the data."""
+    validation: tuple[Source, ...] = ()
+    """Rows that are only scored, never trained on."""
+    validation_rows: int = 0
+    """So many examples of `sources`, drawn by run.seed, are held out for validation instead."""
+    cache: str = ""
+    """Directory where token ids are kept and memory-mapped, for sets larger than memory and for several processes; empty = in memory."""
     pack_length: int = 1024
     """Tokens in a packed row; longer rows are dropped and counted."""
     rows_per_step: int = 32
@@ -118,15 +126,31 @@ class DataSettings:
             _require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "above 0")
         _require(self.pack_length % 8 == 0, "data.pack_length", self.pack_length, "a multiple of 8")
         _require(self.rows_per_step % self.accumulation == 0, "data.rows_per_step", self.rows_per_step, "a multiple of data.accumulation")
-        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        for name in ("num_workers", "max_skipped", "validation_rows"):
+            _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "0 or more")
+        reason = "0: data.validation names the rows already"
+        _require(not (self.validation and self.validation_rows), "data.validation_rows", self.validation_rows, reason)
+
+
+_USED_BY = {
+    "slot_sizes": ("refusion",),
+    "serial_share": ("refusion",),
+    "serial_groups": ("refusion",),
+    "text_order_share": ("refusion",),
+    "distill": ("refusion", "autoregressive"),
+    "ar_weight": ("refusion",),
+    "block_size": ("block_diffusion",),
+}
+"""Settings that not every objective reads, and those that do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveSettings:
     """What the network learns from a row."""
 
-    name: Literal["refusion", "autoregressive"] = "refusion"
-    """refusion = slots by diffusion, inside a slot left to right; autoregressive = plain fine-tuning."""
+    name: Literal["refusion", "autoregressive", "masked_diffusion", "block_diffusion"] = "refusion"
+    """refusion = slots by diffusion, inside a slot left to right; autoregressive = plain fine-tuning; masked_diffusion = LLaDA;
+    block_diffusion = BD3-LM."""
     slot_sizes: tuple[int, ...] = DEFAULT_SLOT_SIZES
     """Slot sizes, drawn uniformly per example."""
     serial_share: float = 0.0
@@ -139,6 +163,8 @@ class ObjectiveSettings:
     """Share in [0, 1] of the base model's softmax in the target of clean tokens and of each serial group's first mask."""
     ar_weight: float = 1.0
     """Factor of the AR term in the loss; 1 = paper."""
+    block_size: int = 32
+    """Answer tokens in a block of block_diffusion."""
     chunk_size: int = 4096
     """Targets that go through the output head at once."""
 
@@ -149,17 +175,21 @@ class ObjectiveSettings:
         _require(self.serial_groups >= 0, "objective.serial_groups", self.serial_groups, "0 or more")
         _require(self.ar_weight > 0, "objective.ar_weight", self.ar_weight, "above 0")
         _require(self.chunk_size > 0, "objective.chunk_size", self.chunk_size, "above 0")
-        if self.name == "autoregressive":
-            unused = [n for n in ("serial_share", "serial_groups", "text_order_share") if getattr(self, n)]
-            _require(not unused, "objective." + "".join(unused[:1]), "set", "left out: it has no effect on the autoregressive objective")
+        _require(self.block_size > 0, "objective.block_size", self.block_size, "above 0")
+        for f in dataclasses.fields(self):
+            is_used = self.name in _USED_BY.get(f.name, (self.name,))
+            value = getattr(self, f.name)
+            reason = f"left out: it has no effect on the {self.name} objective"
+            _require(is_used or value == f.default, f"objective.{f.name}", value, reason)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodSettings:
     """Which weights move."""
 
-    name: Literal["full", "lora"] = "full"
-    """full = every weight (see freeze_embeddings); lora = low-rank adapter on all linear layers + the mask row."""
+    name: Literal["full", "lora", "qlora"] = "full"
+    """full = every weight (see freeze_embeddings); lora = low-rank adapter on all linear layers + the mask row; qlora = the same over a
+    4-bit base (GPU, bitsandbytes)."""
     freeze_embeddings: bool = False
     """Full fine-tuning that leaves embedding and tied head alone, except for the mask token's row."""
     rank: int = 64
@@ -230,13 +260,40 @@ class RunSettings:
     """Type of the final model's weights on disk."""
     tensorboard: bool = True
     """Write TensorBoard events under the output directory."""
+    validate_steps: int = 0
+    """Steps between scores of the validation rows; 0 = only at the end."""
+    probe_steps: int = 0
+    """Steps between probes: answers to validation prompts, their tokens per forward and agreement with the base; 0 = none."""
+    probe_rows: int = 16
+    """Validation prompts that a probe answers."""
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0, "run.epochs", self.epochs, "above 0")
-        for name in ("max_steps", "time_limit_minutes", "seed", "save_steps"):
+        for name in ("max_steps", "time_limit_minutes", "seed", "save_steps", "validate_steps", "probe_steps"):
             _require(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "0 or more")
-        for name in ("log_steps", "keep_checkpoints"):
+        for name in ("log_steps", "keep_checkpoints", "probe_rows"):
             _require(getattr(self, name) > 0, f"run.{name}", getattr(self, name), "above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelSettings:
+    """How the processes of `torchrun` or `accelerate launch` share the model; with one process nothing of this matters."""
+
+    name: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """ddp = the whole model in every process; fsdp = FSDP2, weights sharded by decoder layer; deepspeed = ZeRO, if installed."""
+    reshard_after_forward: bool = True
+    """fsdp: free a layer's weights between forward and backward; false = more memory, less traffic."""
+    cpu_offload: bool = False
+    """fsdp, deepspeed: keep what is sharded in the memory of the host."""
+    zero_stage: int = 2
+    """deepspeed: 1 = optimizer sharded, 2 = gradients too."""
+
+    def __post_init__(self) -> None:
+        _require(self.zero_stage in (1, 2), "parallel.zero_stage", self.zero_stage, "1 or 2")
+        for name in {"ddp": ("reshard_after_forward", "cpu_offload", "zero_stage"), "fsdp": ("zero_stage",)}.get(self.name, ()):
+            default = next(f.default for f in dataclasses.fields(self) if f.name == name)
+            value = getattr(self, name)
+            _require(value == default, f"parallel.{name}", value, f"left out: it has no effect on {self.name}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,6 +306,15 @@ class Recipe:
     run: RunSettings
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+
+    def __post_init__(self) -> None:
+        is_sharded = self.parallel.name == "fsdp"
+        _require(not (is_sharded and self.method.freeze_embeddings), "method.freeze_embeddings", True, "false with parallel.name = 'fsdp'")
+        _require(not (is_sharded and self.method.name != "full"), "method.name", self.method.name, "'full' with parallel.name = 'fsdp'")
+        _require(not (is_sharded and self.run.probe_steps), "run.probe_steps", self.run.probe_steps, "0 with parallel.name = 'fsdp'")
+        is_quantised = self.method.name == "qlora"
+        _require(not (is_quantised and self.objective.distill), "objective.distill", self.objective.distill, "0 with method.name = 'qlora'")
 
     def to_table(self) -> dict[str, Any]:
         """Nested plain values, as JSON would hold them."""
@@ -311,8 +377,9 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value not in arguments:
-            nearest = difflib.get_close_matches(str(value), [str(a) for a in arguments], 1, 0.0)
-            raise ConfigError(f"{name} = {value!r} must be one of {', '.join(map(repr, arguments))}; did you mean {nearest[0]!r}?")
+            nearest = _nearest(str(value), [str(a) for a in arguments])
+            hint = f"; did you mean {nearest!r}?" if nearest else ""
+            raise ConfigError(f"{name} = {value!r} must be one of {', '.join(map(repr, arguments))}{hint}")
         return value
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
@@ -328,13 +395,19 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
 
 
 def _suggestion(key: str, prefix: str) -> str:
-    """Point to the nearest known dotted name, preferring the same section."""
-    names = _all_names()
-    matches: Callable[..., list[str]] = difflib.get_close_matches
-    same_section = matches(f"{prefix}{key}", [n for n in names if n.startswith(prefix)], 1, 0.6)
-    by_field = [n for n in names if n.rsplit(".", 1)[-1] == key]
-    nearest = by_field or same_section or matches(f"{prefix}{key}", names, 1, 0.0)
-    return f"did you mean {nearest[0]}?"
+    """Point to the known dotted name that looks like `key`, one of the same section first; where none does, to what the section has."""
+    for names in ([name for name in _all_names() if name.startswith(prefix)], _all_names()):
+        by_field = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+        nearest = _nearest(key, list(by_field))
+        if nearest:
+            return f"did you mean {by_field[nearest]}?"
+    known = [name.removeprefix(prefix) for name in _all_names() if name.startswith(prefix)]
+    return f"known here are {', '.join(name for name in known if '.' not in name)}"
+
+
+def _nearest(word: str, known: list[str]) -> str | None:
+    """The known word that `word` is a slip of, if any: 0.75 passes two wrong letters of a dozen, not another word of the same length."""
+    return next(iter(difflib.get_close_matches(word, known, 1, 0.75)), None)
 
 
 def _all_names() -> list[str]:

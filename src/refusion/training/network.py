@@ -1,0 +1,98 @@
+"""The network as it is trained: which weights move (all, or an adapter and the mask row), teacher, attention and compilation."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refusion.errors import ConfigError
+from refusion.training.attention import FLEX_NAME
+from refusion.training.base import BaseModel
+from refusion.training.objectives import LossSettings, bind_objective, inner_causal_lm
+from refusion.training.recipe import MethodSettings, Recipe
+
+
+def prepare_model(base: BaseModel, recipe: Recipe, device: torch.device) -> tuple[Any, frozenset[str]]:
+    """Bind objective, method, attention and compilation to the base model; also the names of parameters of which one row is trained."""
+    model = base.model
+    # transformers gives the embedding pad_token_id as padding_idx, which stops that row's gradient; pad is often EOS.
+    model.get_input_embeddings().padding_idx = None
+    if recipe.model.attention == "flex":
+        if device.type == "cpu":
+            raise ConfigError("model.attention = 'flex' has no backward pass on a CPU; use 'sdpa'")
+        model.config._attn_implementation = FLEX_NAME
+    teacher = _frozen_copy(model, device, recipe) if recipe.objective.distill > 0 else None
+    frozen: frozenset[str] = frozenset()
+    only_row = None
+    if recipe.method.name != "full":
+        model, only_row = _with_adapter(model, base.mask_token_id, recipe.method, recipe.run.seed), base.mask_token_id
+    elif recipe.method.freeze_embeddings:
+        frozen, only_row = _freeze_embeddings(model, base.mask_token_id), base.mask_token_id
+    causal_lm = inner_causal_lm(model)
+    if recipe.model.gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        causal_lm.enable_input_require_grads()
+    if recipe.model.compile:
+        torch._dynamo.config.cache_size_limit = 64
+        for network in (causal_lm, teacher):
+            for layer in [] if network is None else network.base_model.layers:
+                layer.compile(dynamic=False)
+    loss = LossSettings(
+        chunk_size=recipe.objective.chunk_size,
+        distill=recipe.objective.distill,
+        ar_weight=recipe.objective.ar_weight,
+        only_row=only_row,
+        compiled=recipe.model.compile,
+    )
+    bind_objective(model, loss, teacher)
+    return model, frozen
+
+
+def num_trained_weights(model: Any, frozen: frozenset[str]) -> int:
+    """Weights that move; of a frozen embedding that is the mask token's row."""
+    return sum(p.shape[1] if name in frozen else p.numel() for name, p in model.named_parameters() if p.requires_grad)
+
+
+def _frozen_copy(model: Any, device: torch.device, recipe: Recipe) -> Any:
+    """The teacher: the base model as it is, in bfloat16 where the student computes in it."""
+    bfloat16 = recipe.model.precision == "bfloat16" or (recipe.model.precision == "auto" and device.type == "cuda")
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    return teacher.to(device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+
+
+def _with_adapter(model: Any, mask_token_id: int, method: MethodSettings, seed: int) -> Any:
+    """LoRA on every linear layer of the decoder, and the mask token's row of the embedding."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if method.name == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=method.rank,
+        lora_alpha=method.alpha,  # pyright: ignore[reportArgumentType]  (PEFT only divides by it)
+        lora_dropout=method.dropout,
+        target_modules="all-linear",
+        trainable_token_indices=[mask_token_id],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def _freeze_embeddings(model: Any, mask_token_id: int) -> frozenset[str]:
+    """Leave embedding and head alone but for one row: the gradient of the others is cut to 0, and AdamW without decay leaves them."""
+    weight = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    if head is not weight:
+        head.requires_grad_(False)
+
+    def only_mask_row(grad: Tensor) -> Tensor:
+        kept = torch.zeros_like(grad)
+        kept[mask_token_id] = grad[mask_token_id]
+        return kept
+
+    weight.register_hook(only_mask_row)
+    return frozenset(name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight)

@@ -1,0 +1,35 @@
+"""The training benchmark runs without a GPU, and packing changes no loss."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from refusion.evaluation.results import read_result
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "training_speed.py"
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *map(str, args)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return int(stop.value.code or 0)
+
+
+def test_a_dry_run_measures_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert _run(monkeypatch, "--dry-run", "--parity-steps", 4, "--output", tmp_path / "speed.json") == 0
+    small, large, parity = (run["figures"] for run in read_result(tmp_path / "speed.json")["runs"])
+    for figures in (small, large):
+        assert figures["tokens_per_second"] > 0
+        assert 0.8 < figures["packed_share"] <= 1
+    assert parity["loss_off_worst_ten_steps"] < 1e-4, "float32: only the order of sums differs"
+
+
+def test_without_a_gpu_it_says_what_is_possible(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert _run(monkeypatch, "--parts", "small") == 1
+    assert "use --dry-run" in capsys.readouterr().err
