@@ -68,6 +68,27 @@ def test_memory_hogs_and_floods_of_output_fail() -> None:
     assert run_python("open('big', 'wb').write(b'x' * (64 << 20))", [], SHORT).outcome == "failed"
 
 
+def test_only_so_many_files_fit() -> None:
+    flood = "import os\nfor i in range(100):\n    {}"
+    for what in ("open(f'f{i}', 'w').close()", "os.mkdir(f'd{i}')", "os.symlink('x', f'l{i}')"):
+        result = run_python(flood.format(what), [], SHORT)
+        assert result.outcome == "failed", what
+        assert "more than 64 files" in result.output
+    assert run_python("for i in range(100):\n    open('same', 'w').write(str(i))", ["assert open('same').read() == '99'"], SHORT).passed
+
+
+def test_the_users_home_and_environment_stay_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "do not tell")
+    assert run_python("import os", ["assert 'SECRET_TOKEN' not in os.environ"], SHORT).passed
+    home = os.path.expanduser("~")
+    for attack in (
+        f"import os; print(os.listdir({home!r}))",
+        f"print(open({home + '/.bashrc'!r}).read())",
+        "print(open('/proc/1/environ').read())",
+    ):
+        assert run_python(attack, [], SHORT).outcome == "failed", attack
+
+
 def test_foreign_files_can_neither_be_read_nor_written(tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
     secret.write_text("do not tell")
@@ -121,6 +142,8 @@ def test_many_programs_keep_their_order() -> None:
 def test_limits_are_checked() -> None:
     with pytest.raises(ConfigError, match="seconds"):
         SandboxLimits(seconds=0)
+    with pytest.raises(ConfigError, match="num_files"):
+        SandboxLimits(num_files=-1)
 
 
 def processes_at_home_in(place: Path) -> list[int]:

@@ -1,8 +1,8 @@
 """Running generated Python: one short-lived process per answer, fenced in as far as the machine permits.
 
-The process starts isolated (`python -I -S`) in an empty temporary directory that is also its HOME, with limits on memory, CPU time, file
-size and processes, in its own network and process namespaces where the kernel allows that, and under an audit hook that refuses
-sockets, processes, signals and foreign paths. This keeps a language model's mistakes away from the machine; it is not a prison
+The process starts isolated (`python -I -S`) in an empty temporary directory that is also its HOME, with limits on memory, CPU time, size
+and number of files and processes, in its own network and process namespaces where the kernel allows that, and under an audit hook that
+refuses sockets, processes, signals and foreign paths. This keeps a language model's mistakes away from the machine; it is not a prison
 for an attacker.
 """
 
@@ -39,10 +39,14 @@ class SandboxLimits:
     """Address space."""
     output_bytes: int = 1 << 20
     """Size of every file it writes, its output among them."""
+    num_files: int = 64
+    """Files and directories it may create, >= 0; together with output_bytes this bounds what it takes of the disk."""
 
     def __post_init__(self) -> None:
         if self.seconds <= 0:
             raise ConfigError(f"seconds is {self.seconds}; it must be > 0")
+        if self.num_files < 0:
+            raise ConfigError(f"num_files is {self.num_files}; it must be >= 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ def run_python(program: str, tests: Sequence[str] = (), limits: SandboxLimits | 
         job = {
             "program": program, "tests": list(tests), "verdict_fd": verdict.fileno(), "nonce": nonce,
             "memory_bytes": limits.memory_bytes, "cpu_seconds": int(-(-limits.seconds // 1)), "file_bytes": limits.output_bytes,
+            "num_files": limits.num_files,
         }  # fmt: skip
         in_time = _run(job, place, output, limits.seconds)
         output.seek(0)

@@ -1,7 +1,7 @@
 """What runs inside the sandbox process: fence off, then execute. Started by `sandbox.py` as a script; standard library only.
 
-stdin holds JSON {"program", "tests", "verdict_fd", "nonce", "memory_bytes", "cpu_seconds", "file_bytes"}. The nonce is written to the
-verdict file only after program and tests ran to their end, so leaving early with status 0 does not count as passing.
+stdin holds JSON {"program", "tests", "verdict_fd", "nonce", "memory_bytes", "cpu_seconds", "file_bytes", "num_files"}. The nonce is written
+to the verdict file only after program and tests ran to their end, so leaving early with status 0 does not count as passing.
 """
 
 import ctypes
@@ -24,12 +24,14 @@ PATH_EVENTS = (
     "os.truncate", "os.utime", "os.chdir", "glob.glob", "pathlib.Path.glob",
 )  # fmt: skip
 
+CREATING_EVENTS = ("open", "os.mkdir", "os.rename", "os.link", "os.symlink")
+
 
 def main() -> None:
     job = json.loads(sys.stdin.read())
     own_namespaces()
     limit(job)
-    watch()
+    watch(job["num_files"])
     signal.alarm(job["cpu_seconds"])
     run(job)
 
@@ -63,11 +65,12 @@ def limit(job: dict) -> None:
         resource.setrlimit(getattr(resource, name), (value, value))
 
 
-def watch() -> None:
-    """An audit hook, which no Python code can take off again, refuses processes, sockets, signals and paths outside the work place."""
+def watch(num_files: int) -> None:
+    """An audit hook, which no Python code can take off again, refuses processes, sockets, signals, too many files and foreign paths."""
     here = os.path.realpath(os.getcwd())
     library = tuple({os.path.realpath(os.path.dirname(os.__file__)), os.path.realpath(sys.base_prefix) + "/lib"})
     realpath, fspath, fsdecode = os.path.realpath, os.fspath, os.fsdecode
+    created = set()
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
     def inside(path: str, place: str) -> bool:
@@ -83,6 +86,10 @@ def watch() -> None:
                 continue
             place = realpath(fsdecode(fspath(path)))
             is_reading = event in ("os.listdir", "os.scandir") or (event == "open" and not ((args[2] or 0) & writing))
+            if inside(place, here) and not is_reading and event in CREATING_EVENTS:
+                created.add(place)
+                if len(created) > num_files:
+                    raise PermissionError(f"more than {num_files} files are not allowed in the sandbox")
             if inside(place, here) or (is_reading and any(inside(place, root) for root in library)):
                 continue
             raise PermissionError(f"{event} outside the sandbox: {place}")

@@ -1,0 +1,85 @@
+"""The answers of an evaluation, one JSON object a line, written as they come, so that a run that was interrupted can go on.
+
+Beside the lines stands what they were made with: a run with other settings does not continue them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from refusion.atomic import atomic_file, make_directory
+from refusion.errors import DataError
+from refusion.evaluation.results import to_plain
+
+_SETTINGS = "settings.json"
+
+
+class SampleLog:
+    """A directory with NAME.jsonl per benchmark; rows are told apart by `task` and `doc_id`."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
+        """Raises DataError if there are rows already that must not, or cannot, be continued."""
+        self.directory = directory
+        written = directory / _SETTINGS
+        plain = to_plain(settings)
+        if written.exists():
+            if not resume:
+                raise DataError(f"{directory} holds answers already; add --resume to go on with them, or choose another --output")
+            _check_same(_read_json(written), plain, directory)
+        make_directory(directory)
+        with atomic_file(written) as draft:
+            draft.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def path(self, name: str) -> Path:
+        return self.directory / f"{name}.jsonl"
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """What was written before, each sample once; a line that a crash left half written is dropped from the file too."""
+        path = self.path(name)
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        rows: dict[tuple[str, int], dict[str, Any]] = {}
+        for line in lines:
+            row = _parsed(line)
+            if row is not None:
+                rows.setdefault((row["task"], row["doc_id"]), row)
+        if len(rows) < len(lines):
+            with atomic_file(path) as draft:
+                draft.write_text("".join(_line(row) for row in rows.values()), encoding="utf-8")
+        return list(rows.values())
+
+    def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        with self.path(name).open("a", encoding="utf-8") as file:
+            file.write("".join(_line(row) for row in rows))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(to_plain(row), ensure_ascii=False, default=str) + "\n"
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"task", "doc_id", "scores"} <= row.keys() else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}; remove {path.parent} or choose another --output") from error
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
+    other = [name for name in now if before.get(name) != now[name]]
+    if other:
+        name = other[0]
+        raise DataError(
+            f"{directory} was made with {name}={before.get(name)}, not {now[name]}; choose another --output or the same settings"
+        )

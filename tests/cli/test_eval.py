@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import RunCli
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module")
+def roomy_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("roomy") / "tiny"
+    shutil.copytree(tiny_model_dir, path)
+    config = json.loads((path / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture
+def arguments(roomy_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One question of GSM8K, 16 new tokens."""
+    from refusion.evaluation import benchmarks
+
+    real = benchmarks.task_configs
+
+    def short(benchmark: Any) -> list[dict[str, Any]]:
+        return [config | {"generation_kwargs": config["generation_kwargs"] | {"max_gen_toks": 16}} for config in real(benchmark)]
+
+    monkeypatch.setattr(benchmarks, "task_configs", short)
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    row = {"question": "What is 1 + 1?", "answer": "It is 2.\n#### 2"}
+    (tmp_path / "data" / "gsm8k" / "test.jsonl").write_text(json.dumps(row) + "\n")
+    return ["eval", "--model", str(roomy_model_dir), "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out.json")]
+
+
+def test_a_result_is_written_and_shown(run_cli: RunCli, arguments: list[str], tmp_path: Path) -> None:
+    found = run_cli(*arguments, "--tasks", "gsm8k,gpqa")
+    assert found.code == 0, found.err
+    assert "GSM8K" in found.out
+    assert "tokens/forward" in found.out
+    assert "left out: no rows of gpqa" in found.err
+    assert json.loads((tmp_path / "out.json").read_text())["runs"][0]["label"] == "gsm8k"
+    assert len((tmp_path / "out.samples" / "gsm8k.jsonl").read_text().splitlines()) == 1
+    again = run_cli(*arguments, "--tasks", "gsm8k", "--json", "--resume")
+    assert again.json["runs"][0]["figures"]["num_samples"] == 1
+    twice = run_cli(*arguments, "--tasks", "gsm8k")
+    assert twice.code == 1
+    assert "add --resume" in twice.err
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "message"),
+    [
+        (["--tasks", "gsm9k"], 2, "--tasks has 'gsm9k'; did you mean gsm8k?"),
+        (["--suite", "papers"], 2, "--suite is 'papers'; did you mean paper?"),
+        (["--limit", "0"], 2, "--limit is 0"),
+        (["--slot-size", "8"], 2, "--setting is 'paper', which brings its own slot settings"),
+        (["--tasks", "mbpp"], 1, "no rows of mbpp"),
+        (["--data", "nowhere", "--tasks", "mbpp"], 1, "there is no data folder nowhere"),
+        (["--decoder", "magic"], 2, "magic"),
+    ],
+)
+def test_bad_input_is_one_line(run_cli: RunCli, arguments: list[str], extra: list[str], code: int, message: str) -> None:
+    found = run_cli(*arguments, *extra)
+    assert found.code == code
+    assert message in found.err
+    assert "Traceback" not in found.err
+
+
+def test_an_interrupted_run_says_how_to_go_on(run_cli: RunCli, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from refusion.evaluation import suite
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "_answer", interrupted)
+    found = run_cli(*arguments, "--tasks", "gsm8k")
+    assert found.code == 130
+    assert "--resume" in found.err

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from refusion.errors import DataError
+from refusion.evaluation.sample_log import SampleLog
+
+SETTINGS = {"decoder": "refusion", "seed": 0}
+
+
+def row(doc_id: int, score: float = 1.0) -> dict[str, object]:
+    return {"task": "t", "doc_id": doc_id, "scores": {"acc": score}}
+
+
+def test_rows_come_back_once_each_and_a_broken_line_goes(tmp_path: Path) -> None:
+    log = SampleLog(tmp_path / "run.samples", SETTINGS, resume=False)
+    log.append("gsm8k", [row(0), row(1)])
+    log.append("gsm8k", [row(1, 0.0)])
+    with log.path("gsm8k").open("a") as file:
+        file.write('{"task": "t", "doc_id": 2, "sco')  # a crash while writing
+    again = SampleLog(tmp_path / "run.samples", SETTINGS, resume=True)
+    assert again.rows("gsm8k") == [row(0), row(1)]
+    again.append("gsm8k", [row(2)])
+    assert [found["doc_id"] for found in again.rows("gsm8k")] == [0, 1, 2]
+    assert again.rows("mbpp") == []
+
+
+def test_answers_are_neither_overwritten_nor_mixed(tmp_path: Path) -> None:
+    SampleLog(tmp_path / "run.samples", SETTINGS, resume=False)
+    with pytest.raises(DataError, match="add --resume"):
+        SampleLog(tmp_path / "run.samples", SETTINGS, resume=False)
+    with pytest.raises(DataError, match="made with decoder=refusion, not autoregressive"):
+        SampleLog(tmp_path / "run.samples", SETTINGS | {"decoder": "autoregressive"}, resume=True)
+    (tmp_path / "run.samples" / "settings.json").write_text("{")
+    with pytest.raises(DataError, match="cannot read"):
+        SampleLog(tmp_path / "run.samples", SETTINGS, resume=True)

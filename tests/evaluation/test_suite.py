@@ -1,0 +1,196 @@
+"""Whole runs on a tiny model: result file, log, resuming, one setting for all, and scorers that fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from benchmark_rows import edit_json
+
+from refusion.decoding.params import SamplingParams, SlotParams
+from refusion.errors import CheckpointError, ConfigError, DataError
+from refusion.evaluation import suite
+from refusion.evaluation.benchmarks import task_configs
+from refusion.evaluation.results import read_result
+from refusion.evaluation.suite import SuiteSettings, run_suite, samples_directory
+from refusion.llm import LLM
+
+FAST = ("gsm8k", "arc_challenge")
+
+
+@pytest.fixture(scope="module")
+def llm(roomy_model_dir: Path) -> LLM:
+    return LLM.from_pretrained(roomy_model_dir, dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 new tokens instead of 512."""
+
+    def configs(benchmark: Any) -> list[dict[str, Any]]:
+        found = task_configs(benchmark)
+        return [config | {"generation_kwargs": config["generation_kwargs"] | {"max_gen_toks": 24}} for config in found]
+
+    monkeypatch.setattr("refusion.evaluation.benchmarks.task_configs", configs)
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refusion.evaluation.harness.chunk_size", lambda lm: 1)
+
+
+def run(llm: LLM, data: Path, output: Path, **options: Any) -> dict[str, Any]:
+    extra = {name: options.pop(name) for name in ("resume", "on_missing", "on_progress") if name in options}
+    settings = SuiteSettings(**({"data": data, "tasks": FAST, "decoder": "autoregressive"} | options))
+    return run_suite(llm, settings, output, model_name="tiny", **extra)
+
+
+def rows(output: Path, name: str) -> list[dict[str, Any]]:
+    lines = (samples_directory(output) / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def untimed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
+
+
+def test_all_seven_run_end_to_end(llm: LLM, data_dir: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    content = run(
+        llm, data_dir, tmp_path / "all.json", tasks=(), decoder="refusion", on_progress=lambda b, *count: seen.append((b.name, *count))
+    )
+    assert content == json.loads(json.dumps(read_result(tmp_path / "all.json")))
+    assert [found["label"] for found in content["runs"]] == ["mmlu_pro", "arc_challenge", "gsm8k", "math", "gpqa", "humaneval", "mbpp"]
+    for found in content["runs"]:
+        assert found["figures"]["num_scorer_errors"] == 0, rows(tmp_path / "all.json", found["label"])
+        assert found["figures"]["tokens_per_forward"]["value"] > 0
+        assert found["figures"]["tokens_per_second"] > 0
+        assert {"low", "high"} <= found["figures"]["score"].keys()
+    gsm8k = next(found for found in content["runs"] if found["label"] == "gsm8k")
+    assert gsm8k["settings"]["slots"]["serial_blocks"] == 4
+    assert "exact_match,strict-match" in gsm8k["figures"]
+    assert content["figures"]["num_benchmarks"] == 7
+    assert seen[-1] == ("mbpp", 2, 2)
+    (first, *_) = rows(tmp_path / "all.json", "gsm8k")
+    assert {"prompt", "response", "target", "filtered", "scores", "num_tokens", "num_forwards", "finish_reason"} <= first.keys()
+    assert all("prompt" not in row for row in rows(tmp_path / "all.json", "gpqa"))  # its authors' wish
+
+
+def test_right_answers_score(llm: LLM, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {
+        "gsm8k": "It is so. The answer is 2.", "math": "Thus $\\boxed{2}$.", "arc_challenge": " B", "mmlu_pro": "the answer is (C)",
+        "humaneval": "def double(x):\n    return 2 * x\n```", "mbpp": "```python\ndef double(x):\n    return 2 * x\n```\n",
+    }  # fmt: skip
+    real = suite._answer
+
+    def fixed(lm: Any, benchmark: Any, group: Any, settings: Any) -> Any:
+        outputs = llm.generate(["x"] * len(group), SamplingParams(max_tokens=2), decoder="autoregressive")
+        told = [type(o)(o.prompt_ids, o.token_ids, answers[benchmark.name], o.finish_reason, o.stats) for o in outputs]
+        monkeypatch.setattr(lm, "answer", lambda contexts, options: told)
+        return real(lm, benchmark, group, settings)
+
+    monkeypatch.setattr(suite, "_answer", fixed)
+    content = run(llm, data_dir, tmp_path / "right.json", tasks=tuple(answers))
+    scores = {found["label"]: found["figures"]["score"]["value"] for found in content["runs"]}
+    assert scores == {"gsm8k": 0.5, "math": 1.0, "arc_challenge": 0.5, "mmlu_pro": 1.0, "humaneval": 1.0, "mbpp": 1.0}
+
+
+def test_a_run_that_was_interrupted_goes_on_and_counts_nothing_twice(
+    llm: LLM, data_dir: Path, tmp_path: Path, one_at_a_time: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(llm, data_dir, tmp_path / "whole.json")
+    calls: Iterator[int] = iter(range(100))
+    real = suite._answer
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(suite, "_answer", interrupted)
+    output = tmp_path / "broken.json"
+    with pytest.raises(KeyboardInterrupt):
+        run(llm, data_dir, output)
+    assert not output.exists()
+    with pytest.raises(DataError, match="add --resume"):
+        run(llm, data_dir, output)
+    with pytest.raises(DataError, match="made with decoder=autoregressive, not refusion"):
+        run(llm, data_dir, output, decoder="refusion", resume=True)
+    resumed = run(llm, data_dir, output, resume=True)
+    assert next(calls) == 5  # four questions, one of them asked twice
+    for name in FAST:
+        assert untimed(rows(output, name)) == untimed(rows(tmp_path / "whole.json", name))
+    for one, other in zip(resumed["runs"], whole["runs"], strict=True):
+        assert one["figures"]["score"] == other["figures"]["score"]
+        assert one["figures"]["num_samples"] == other["figures"]["num_samples"] == 2
+
+
+def test_a_small_run_may_grow(llm: LLM, data_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "grow.json"
+    assert run(llm, data_dir, output, limit=1, tasks=("gsm8k",))["runs"][0]["figures"]["num_samples"] == 1
+    assert run(llm, data_dir, output, resume=True)["runs"][1]["figures"]["num_samples"] == 2
+    assert [row["doc_id"] for row in rows(output, "gsm8k")] == [0, 1]
+    lines = (data_dir / "gsm8k" / "test.jsonl").read_text().splitlines()
+    (data_dir / "gsm8k" / "test.jsonl").write_text("\n".join(reversed(lines)))
+    with pytest.raises(DataError, match="holds another question 0"):
+        run(llm, data_dir, output, resume=True)
+
+
+def test_a_scorer_that_fails_on_one_answer_is_recorded(llm: LLM, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.api.task import ConfigurableTask
+
+    real = ConfigurableTask.process_results
+
+    def fragile(self: Any, doc: dict[str, Any], results: Any) -> Any:
+        if "(2)" in doc["question"]:
+            raise RecursionError("too deep")
+        return real(self, doc, results)
+
+    monkeypatch.setattr(ConfigurableTask, "process_results", fragile)
+    content = run(llm, data_dir, tmp_path / "odd.json", tasks=("gsm8k",))
+    figures = content["runs"][0]["figures"]
+    assert (figures["num_samples"], figures["num_scorer_errors"]) == (2, 1)
+    assert [row["error"] for row in rows(tmp_path / "odd.json", "gsm8k")] == ["RecursionError: too deep", None]
+
+
+def test_one_setting_for_all_replaces_the_papers(llm: LLM, data_dir: Path, tmp_path: Path) -> None:
+    slots = SlotParams(slot_size=4, block_size=8)
+    content = run(llm, data_dir, tmp_path / "one.json", decoder="refusion", setting="one", slots=slots)
+    assert {found["settings"]["slots"]["block_size"] for found in content["runs"]} == {8}
+    assert content["settings"]["slots"] == {"slot_size": 4, "block_size": 8}
+    with pytest.raises(ConfigError, match="setting is 'paper', which brings its own slot settings"):
+        SuiteSettings(slots=slots)
+
+
+def test_missing_rows_leave_out_one_benchmark_only(llm: LLM, data_dir: Path, tmp_path: Path) -> None:
+    (data_dir / "gsm8k" / "test.jsonl").unlink()
+    told: list[str] = []
+    content = run(llm, data_dir, tmp_path / "some.json", on_missing=told.append)
+    assert [found["label"] for found in content["runs"]] == ["arc_challenge"]
+    assert "no rows of gsm8k" in told[0]
+    assert "no rows of gsm8k" in content["notes"]
+    with pytest.raises(DataError, match="no rows of gsm8k"):
+        run(llm, data_dir, tmp_path / "none.json", tasks=("gsm8k",))
+
+
+def test_a_checkpoint_without_mask_token_cannot_infill(roomy_model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in roomy_model_dir.iterdir():
+        (bare / file.name).write_bytes(file.read_bytes())
+    edit_json(bare / "config.json", mask_token_id=None)
+    with pytest.raises(CheckpointError, match="no mask token"):
+        run(LLM.from_pretrained(bare), data_dir, tmp_path / "bare.json", decoder="refusion")
+    assert not samples_directory(tmp_path / "bare.json").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("limit", 0), ("batch_size", 0), ("setting", "two"), ("tasks", ("gsm9k",)), ("suite", "all")])
+def test_settings_are_checked(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        SuiteSettings(**{name: value})
