@@ -2,6 +2,7 @@
 
     python benchmarks/forward.py --device cuda --profile runs/forward-profile.json
     python benchmarks/forward.py --device cuda --shapes smollm2-135m --contenders static
+    python benchmarks/forward.py --device cuda --contenders static --cached 512 --variants     # how kernels should overlap
 
 Weights are random: a forward's time does not depend on what it says. Times are medians of many forwards with their quartiles, on a GPU
 between CUDA events with the forwards queued one behind the other, so code that the host cannot launch in time shows the host's time. The
@@ -107,17 +108,25 @@ CASES = {
 def main() -> None:
     args = flags()
     device = torch.device(args.device)
+    if args.variants and device.type != "cuda":
+        raise SystemExit("--variants overlaps kernels, which needs --device cuda")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     bandwidth = copy_bandwidth(device)
     print(json.dumps({"copy_tb_per_s": bandwidth / 1e12}), flush=True)
     runs: list[Run] = []
     profiles: list[dict[str, Any]] = []
+    if args.variants:
+        import forward_overlap
+
+        forward_overlap.compile_all({name: narrowed(CASES[name], args) for name in args.shapes}, args.quantization)
     for name in args.shapes:
         case = narrowed(CASES[name], args)
         model = random_model(case.config, device, dtype)
         for cached in case.cached:
             bench = Bench(model, cached, args.quantization)
             runs += measured(name, case, bench, args, bandwidth)
+            if args.variants:
+                runs += overlapped(name, case, bench, args)
             if args.profile is not None:
                 profiles += [profile_of(name, bench, num_rows) for num_rows in case.widths if num_rows in PROFILED or name == "tiny"]
         del model
@@ -145,6 +154,7 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--quantization", default=None, choices=get_args(Kind), help="weights of the static forward in 8 bits (GPU)")
     parser.add_argument("--widths", nargs="+", type=int, default=None, help="new tokens of a forward; by default those of the shape")
     parser.add_argument("--cached", nargs="+", type=int, default=None, help="tokens in the cache; by default those of the shape")
+    parser.add_argument("--variants", action="store_true", help="also the static forward with its kernels overlapping in other ways (GPU)")
     parser.add_argument("--repeats", type=int, default=50, help="timed forwards")
     parser.add_argument("--profile", type=Path, default=None, help="JSON file for time by kernel of the static forward")
     parser.add_argument("--output", type=Path, default=harness.RESULTS / "forward.json", help="result file")
@@ -175,6 +185,20 @@ def measured(name: str, case: Case, bench: Bench, args: argparse.Namespace, band
     if bench.cached == first:
         marks = {f"forward_ms_{width}": case.marks[width] for width in case.widths if width in case.marks}
         yield Run(label=f"{name}, {bench.cached} cached: mark", settings=settings, figures=marks)
+
+
+def overlapped(name: str, case: Case, bench: Bench, args: argparse.Namespace) -> Iterator[Run]:
+    """One run per way the kernels can overlap."""
+    import forward_overlap  # needs Triton
+
+    bench.network = bench.network or network_of(bench.model, bench.quantization)
+    table = forward_overlap.compare(
+        bench.network, case.widths, lambda width: milliseconds(static_forward(bench, width), bench.device, args.repeats)
+    )
+    for label, figures in table.items():
+        settings = {"shape": name, "cached_tokens": bench.cached, "overlap": label}
+        forward_ms: dict[str, Figure] = {f"forward_ms_{width}": taken for width, taken in figures.items()}
+        yield Run(label=f"{name}, {bench.cached} cached: {label}", settings=settings, figures=forward_ms)
 
 
 def shown(run: Run) -> Run:
@@ -408,12 +432,21 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def profile_of(name: str, bench: Bench, width: int, repeats: int = 10) -> dict[str, Any]:
-    """Count and microseconds per forward of every kernel of the static forward, the costliest first."""
+    """Count and microseconds per forward of every kernel of the static forward, the costliest first.
+
+    On a GPU without programmatic dependent launch: a kernel that already waits for the one before it would be charged for waiting.
+    """
     from torch.profiler import ProfilerActivity, profile
 
-    forward = static_forward(bench, width)
-    forward()
     is_cuda = bench.device.type == "cuda"
+    if is_cuda:
+        from refusion.model.kernels import launch
+
+        launch.set_pdl(False)
+    forward = static_forward(bench, width)
+    if is_cuda:
+        launch.set_pdl(None)
+    forward()
     with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as recorded:
         for _ in range(repeats):
             forward()

@@ -4,13 +4,15 @@
     python benchmarks/kernels_attention.py --tiny      # every line of it in Triton's interpreter, without a GPU
 
 A time is that of one launch in a replayed CUDA graph whose launches read different K/V, more than the L2 cache holds. Every figure is in
-`kernels_attention.json` in the output directory; the lines printed say the best configuration per case, and how the default one does.
+`kernels_attention.json` in the output directory; the lines printed say per case the best configuration, how the default one does, and
+what the default one gains or loses by each of its options. `--compare` names the JSON file of an earlier run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -30,12 +32,14 @@ import torch
 from torch import Tensor
 
 from refusion.model import attention_ops
-from refusion.model.kernels import launch, rotary, store
-from refusion.model.kernels.attention import Config, Workspace, attend, choose_config, choose_splits, padded_rows
+from refusion.model.kernels import launch, linear, rotary, store
+from refusion.model.kernels.attention import Workspace, attend
+from refusion.model.kernels.attention_config import MAX_SPLITS, Config, choose_config, padded_rows, parts_at_a_time
 from refusion.model.rows import PROMPT, Rows, Spans, Tiles, plain_tiles
 from refusion.model.segments import NO_PARENT, TRUNK
 
 PAGE_SIZE = 128
+SMALL_PAGE_SIZE = 16
 BYTES_PER_GRAPH = 160e6  # of K/V: three times the L2 cache of an H100
 TOLERANCE = 1e-2  # relative, in the Frobenius norm: weights and result are rounded to bfloat16, half a step of which is 2e-3
 
@@ -66,22 +70,42 @@ class Case:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """Tile sizes worth trying."""
+        """Tile sizes worth trying; the options are tried on the first."""
         if self.rows <= 4:
             return (4,)
-        return (16, 32) if self.rows <= 512 else (32,)
+        if self.rows > 512:
+            return (32,)
+        if self.cached > 2048:
+            return (16, 32) if self.rows < 128 else (32, 16)
+        return (8, 4, 16) if self.rows < 128 else (16, 8, 32)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to attend."""
+
+    block: int
+    config: Config
+    pdl: bool = True
+    in_place: bool = True
+    page_size: int = PAGE_SIZE
+
+    def __str__(self) -> str:
+        config = self.config
+        return (
+            f"block {self.block} splits {config.splits} columns {config.columns}+{config.new_columns} "
+            f"warps {config.num_warps} stages {config.num_stages} parts {config.merge_parts}"
+        )
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One configuration of one case."""
+    """One variant of one case."""
 
     shape: str
     case: str
-    block: int
-    config: Config
-    pdl: bool
-    is_default: bool
+    label: str  # default, an option of it, or nothing
+    variant: Variant
     microseconds: float
     terabytes_per_second: float  # of K/V, each byte counted once
     relative_error: float
@@ -91,33 +115,39 @@ EIGHT_B = Shape("8B", 36, 8, 4, 128)
 SMALL = Shape("135M", 30, 3, 3, 64)
 CASES = [
     *(Case(1, rows, cached) for cached in (512, 8192) for rows in (1, 32, 128, 192)),
+    Case(1, 64, 512),
     Case(32, 1, 512),
     Case(32, 48, 512),
     Case(1, 2048, 0, is_prompt=True),
 ]
 TINY = Shape("tiny", 2, 2, 3, 16), [Case(1, 1, 20), Case(2, 6, 17), Case(1, 20, 0, is_prompt=True)]
+CHAINED_ROWS = (1, 32, 192)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=None, help="directory for kernels_attention.json")
-    parser.add_argument("--budget-seconds", type=float, default=80, help="stop before the next case after so long")
+    parser.add_argument("--compare", type=Path, default=None, help="kernels_attention.json of an earlier run")
+    parser.add_argument("--budget-seconds", type=float, default=70, help="stop before the next case after so long")
     parser.add_argument("--workers", type=int, default=16, help="processes that compile ahead; 0: compile as needed")
     parser.add_argument("--tiny", action="store_true", help="toy shapes in the interpreter: times mean nothing")
     args = parser.parse_args()
     deadline = time.monotonic() + args.budget_seconds
-    work = [(TINY[0], case) for case in TINY[1]] if args.tiny else [(shape, case) for shape in (EIGHT_B, SMALL) for case in CASES]
+    work = [(TINY[0], case) for case in TINY[1]] if args.tiny else [(shape, case) for case in CASES for shape in (EIGHT_B, SMALL)]
+    shapes = list(dict.fromkeys(shape for shape, _ in work))
     if not args.tiny:
         compile_ahead(work, args.workers)
-    figures: list[Figure] = []
+    before = earlier(args.compare)
     others: list[dict[str, Any]] = []
+    for shape in shapes:
+        others += small_kernels(shape, (1, 5) if args.tiny else (1, 32, 192))
+        others += chains(shape, (1, 5) if args.tiny else CHAINED_ROWS)
+    figures: list[Figure] = []
     for shape, case in work:
         if time.monotonic() > deadline:
             print(f"left out for want of time: {shape.name} {case.name}")
             continue
-        figures += sweep(shape, case)
-    for shape in dict.fromkeys(shape for shape, _ in work):
-        others += small_kernels(shape, (1, 5) if args.tiny else (1, 32, 192))
+        figures += sweep(shape, case, before.get((shape.name, case.name)))
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
         report = {"device": device_name(), "attend": [asdict(figure) for figure in figures], "others": others}
@@ -127,50 +157,82 @@ def main() -> None:
         sys.exit("wrong results:\n" + "\n".join(map(str, wrong)))
 
 
-def sweep(shape: Shape, case: Case) -> list[Figure]:
-    """Every configuration of a case, the default among them, then the best one without programmatic dependent launch."""
+def earlier(path: Path | None) -> dict[tuple[str, str], float]:
+    """(shape, case) -> best microseconds of an earlier run."""
+    best: dict[tuple[str, str], float] = {}
+    for figure in json.loads(path.read_text(encoding="utf-8"))["attend"] if path else []:
+        key = figure["shape"], figure["case"]
+        best[key] = min(best.get(key, math.inf), figure["microseconds"])
+    return best
+
+
+def sweep(shape: Shape, case: Case, before: float | None) -> list[Figure]:
+    """Every variant of a case, and a few lines about them."""
     batch = Batch(shape, case, device())
-    expected = batch.expected()
-    figures = []
-    for block, config, is_default in configurations(shape, case, batch.num_parts):
+    figures: list[Figure] = []
+    for label, variant in variants_of(shape, case, batch.num_parts):
         try:
-            figures.append(measure(batch, expected, block, config, is_default))
+            figures.append(measure(batch, label, variant))
         except Exception as error:  # out of shared memory, say: the sweep goes on
-            print(f"skipped {shape.name} {case.name} block {block} {config}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            print(f"skipped {shape.name} {case.name} {variant}: {type(error).__name__}: {str(error).splitlines()[0]}")
     if not figures:
         return []
-    for label, figure in (
-        ("best", min(figures, key=lambda figure: figure.microseconds)),
-        *(("default", f) for f in figures if f.is_default),
-    ):
-        launch.set_pdl(False)
-        alone = measure(batch, expected, figure.block, figure.config, figure.is_default)
-        launch.set_pdl(None)
-        figures.append(alone)
-        config = f"block {figure.block} splits {figure.config.splits} columns {figure.config.columns} warps {figure.config.num_warps}"
-        print(
-            f"{shape.name:>5} {case.name:<30} {label:<8}{figure.microseconds:7.2f} us ({alone.microseconds:.2f} without PDL) "
-            f"{figure.terabytes_per_second:5.2f} TB/s  error {figure.relative_error:.1e}  {config} stages {figure.config.num_stages}",
-            flush=True,
-        )
+    best = min(figures, key=lambda figure: figure.microseconds)
+    defaults = [figure for figure in figures if figure.label == "default"]
+    earlier_best = "" if before is None else f" (earlier {before:.2f})"
+    name = f"{shape.name:>5} {case.name:<26}"
+    print(f"{name} best    {best.microseconds:7.2f} us{earlier_best} {best.terabytes_per_second:5.2f} TB/s  {best.label} {best.variant}")
+    for figure in defaults:
+        print(f"{name} default {figure.microseconds:7.2f} us  error {figure.relative_error:.1e}  {figure.variant}")
+    options = [figure for figure in figures if figure.label not in ("", "default")]
+    if options and defaults:
+        print(f"{name} default with", *(f"{f.label} {f.microseconds - defaults[0].microseconds:+.2f}," for f in options))
+    for block in case.blocks:
+        times = [
+            f"{f.microseconds:.1f}={cut_of(f.variant.config)}" for f in figures if f.variant.block == block and f.label in ("", "default")
+        ]
+        print(f"{name} block {block}:", *times, flush=True)
     return figures
 
 
-def configurations(shape: Shape, case: Case, num_parts: int) -> Iterator[tuple[int, Config, bool]]:
-    """(tile size, configuration, whether it is the default one)."""
+def cut_of(config: Config) -> str:
+    return f"{config.splits}s{config.columns}c{config.num_warps}w{config.num_stages}"
+
+
+def variants_of(shape: Shape, case: Case, num_parts: int) -> Iterator[tuple[str, Variant]]:
+    """(label, variant): the default per tile size, the options of the first of them, other cuts."""
     for block in case.blocks:
         tile_rows = padded_rows(block, shape.num_groups)
         tiles = num_tiles(case, block)
         default = choose_config(tiles, shape.num_kv_heads, tile_rows, shape.head_dim, torch.bfloat16, num_parts)
-        yield block, default, True
+        yield "default", Variant(block, default)
+        if block == case.blocks[0] and (case in OPTIONS_OF.get(shape.name, ()) or device().type == "cpu"):
+            for label, changes in OPTIONS.items():
+                yield label, Variant(block, replace(default, **changes))
+            yield "without PDL", Variant(block, default, pdl=False)
+            yield "clearing", Variant(block, default, in_place=False)
+            yield f"pages of {SMALL_PAGE_SIZE}", Variant(block, default, page_size=SMALL_PAGE_SIZE)
+        most = max(1, min(MAX_SPLITS, num_parts // (tiles * shape.num_kv_heads)))
         seen = {default}
         for columns, num_warps, num_stages in cuts(tile_rows, shape.head_dim):
-            most = choose_splits(tiles, shape.num_kv_heads, num_parts)
-            for splits in {most, max(1, most // 2), max(1, most // 4)}:
-                config = Config(splits, columns, num_warps, num_stages)
+            parts = parts_at_a_time(tile_rows, shape.head_dim, num_warps)
+            for splits in dict.fromkeys((most, max(1, most // 2), max(1, most // 4))):
+                config = Config(splits, columns, default.new_columns, num_warps, num_stages, parts)
                 if config not in seen:
                     seen.add(config)
-                    yield block, config, False
+                    yield "", Variant(block, config)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "not eager": {"is_eager": False},
+    "late": {"is_late": True},
+    "part by part": {"merge_parts": 1},
+}
+OPTIONS_OF = {
+    EIGHT_B.name: (Case(1, 1, 512), Case(1, 32, 512), Case(1, 192, 512), Case(1, 192, 8192)),
+    SMALL.name: (Case(1, 1, 512), Case(1, 32, 512)),
+}
+"""Where the options are tried: every one of them is a kernel to compile."""
 
 
 def cuts(tile_rows: int, head_dim: int) -> list[tuple[int, int, int]]:
@@ -178,58 +240,110 @@ def cuts(tile_rows: int, head_dim: int) -> list[tuple[int, int, int]]:
     if device().type == "cpu":
         return [(16, 4, 2)]
     if tile_rows <= 16:
-        return [(64, 4, 2), (64, 4, 4), (128, 4, 2), (128, 8, 2)]
+        return [(64, 4, 2), (128, 4, 2), (128, 8, 2)]
     if tile_rows <= 64:
-        return [(64, 4, 2), (128, 4, 2), (128, 8, 2)] if head_dim > 64 else [(64, 4, 2), (64, 4, 4), (128, 8, 2)]
-    return [(64, 8, 2), (128, 8, 2)] if head_dim > 64 else [(64, 8, 2), (128, 8, 2), (64, 4, 2)]
+        return [(64, 4, 2), (128, 4, 2)]
+    return [(64, 8, 2), (64, 8, 3), (128, 8, 2)] if head_dim > 64 else [(64, 8, 2), (64, 8, 3)]
 
 
 class Batch:
     """A forward of a case, with K/V for as many layers as keep the L2 cache cold."""
 
-    def __init__(self, shape: Shape, case: Case, device: torch.device) -> None:
+    def __init__(self, shape: Shape, case: Case, device: torch.device, layers: int | None = None) -> None:
         self.shape, self.case = shape, case
-        self.rows, self.spans = rows_of(case, device), spans_of(case, device)
+        self.rows = rows_of(case, device)
+        self.spans = {size: spans_of(case, device, size) for size in (PAGE_SIZE, SMALL_PAGE_SIZE)}
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
         self.num_parts = 2 * processors
         dtype = torch.bfloat16 if device.type != "cpu" else torch.float32
-        num_rows, pool = case.seats * case.rows, int(self.spans.page_table.max() + 1) * PAGE_SIZE
+        num_rows = case.seats * case.rows
+        pool = case.seats * -(-max(case.cached, 1) // PAGE_SIZE) * PAGE_SIZE
         self.bytes = 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize * case.seats * (case.cached + case.rows)
-        self.layers = shape.layers if device.type != "cuda" else min(200, max(shape.layers, int(BYTES_PER_GRAPH / self.bytes)))
+        cold = shape.layers if device.type != "cuda" else min(200, max(shape.layers, int(BYTES_PER_GRAPH / self.bytes)))
+        self.layers = layers or cold
+        self._expected: dict[int, Tensor] = {}
 
         def noise(*size: int) -> Tensor:
-            if device.type == "meta":
-                return torch.empty(size, dtype=dtype, device=device)
-            return torch.randn(*size, dtype=dtype, device=device)
+            return (
+                torch.empty(size, dtype=dtype, device=device) if device.type == "meta" else torch.randn(*size, dtype=dtype, device=device)
+            )
 
         self.query = noise(num_rows, shape.num_kv_heads * shape.num_groups, shape.head_dim)
         self.new_keys, self.new_values = noise(2, self.layers, num_rows, shape.num_kv_heads, shape.head_dim)
         self.keys, self.values = noise(2, self.layers, pool, shape.num_kv_heads, shape.head_dim)
 
-    def expected(self) -> Tensor:
+    def expected(self, page_size: int) -> Tensor:
         """Attention of the first layer in float64."""
-        new, pages = (self.new_keys[0].double(), self.new_values[0].double()), (self.keys[0].double(), self.values[0].double())
-        return attention_ops.attend(self.query.double(), *new, *pages, self.rows, self.spans)
+        if page_size not in self._expected:
+            new, pages = (self.new_keys[0].double(), self.new_values[0].double()), (self.keys[0].double(), self.values[0].double())
+            self._expected[page_size] = attention_ops.attend(self.query.double(), *new, *pages, self.rows, self.spans[page_size])
+        return self._expected[page_size]
 
-    def launch(self, layer: int, tiles: Tiles, workspace: Workspace, config: Config) -> Tensor:
+    def launch(
+        self, query: Tensor, layer: int, tiles: Tiles, workspace: Workspace, variant: Variant, prefetch: Tensor | None = None
+    ) -> Tensor:
         new, pages = (self.new_keys[layer], self.new_values[layer]), (self.keys[layer], self.values[layer])
-        return attend(self.query, *new, *pages, self.rows, self.spans, tiles, workspace, config)
+        spans = self.spans[variant.page_size]
+        return attend(query, *new, *pages, self.rows, spans, tiles, workspace, variant.config, in_place=variant.in_place, prefetch=prefetch)
+
+    def tiles(self, block: int) -> Tiles:
+        return plain_tiles(self.spans[PAGE_SIZE], block, num_tiles(self.case, block))
+
+    def workspace(self, block: int) -> Workspace:
+        return Workspace(self.num_parts, padded_rows(block, self.shape.num_groups), self.shape.head_dim, self.query.device)
 
 
-def measure(batch: Batch, expected: Tensor, block: int, config: Config, is_default: bool) -> Figure:
-    shape, case = batch.shape, batch.case
-    tiles = plain_tiles(batch.spans, block, num_tiles(case, block))
-    workspace = Workspace(batch.num_parts, padded_rows(block, shape.num_groups), shape.head_dim, batch.query.device)
-    found = batch.launch(0, tiles, workspace, config).double()
-    error = float((found - expected).norm() / expected.norm())
+def measure(batch: Batch, label: str, variant: Variant) -> Figure:
+    tiles, workspace = batch.tiles(variant.block), batch.workspace(variant.block)
+    query = batch.query.clone()
+    launch.set_pdl(None if variant.pdl else False)
+    try:
+        found = batch.launch(query, 0, tiles, workspace, variant).double()
+        expected = batch.expected(variant.page_size)
+        error = float((found - expected).norm() / expected.norm())
 
-    def forward() -> None:
-        for layer in range(batch.layers):
-            batch.launch(layer, tiles, workspace, config)
+        def forward() -> None:
+            for layer in range(batch.layers):
+                batch.launch(query, layer, tiles, workspace, variant)
 
-    seconds = seconds_of(forward) / batch.layers
-    pdl = launch.pdl()
-    return Figure(shape.name, case.name, block, config, pdl, is_default, 1e6 * seconds, batch.bytes / seconds / 1e12, error)
+        seconds = seconds_of(forward) / batch.layers
+    finally:
+        launch.set_pdl(None)
+    return Figure(batch.shape.name, batch.case.name, label, variant, 1e6 * seconds, batch.bytes / seconds / 1e12, error)
+
+
+def chains(shape: Shape, row_counts: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Attention and the product that follows it, weights cold: with and without a prefetch of the weight."""
+    figures = []
+    for num_rows in row_counts:
+        case = Case(1, num_rows, 512 if device().type == "cuda" else 20)
+        width = shape.num_kv_heads * shape.num_groups * shape.head_dim
+        layers = shape.layers if device().type == "cpu" else max(8, min(200, int(BYTES_PER_GRAPH / (2 * width * width))))
+        batch = Batch(shape, case, device(), layers)
+        block = case.blocks[0]
+        tiles, workspace, variant = batch.tiles(block), batch.workspace(block), chained_variant(shape, case, batch.num_parts)
+        weights = torch.randn(layers, width, width, device=device()).to(batch.query.dtype) / width**0.5
+        residual = torch.zeros(num_rows, width, dtype=batch.query.dtype, device=device())
+
+        def forward(has_prefetch: bool, batch: Batch, weights: Tensor, place: tuple[Tiles, Workspace, Variant], residual: Tensor) -> None:
+            query = batch.query
+            for layer, weight in enumerate(weights):
+                mixed = batch.launch(query, layer, *place, weight if has_prefetch else None)
+                query = linear.linear_add(mixed, weight, residual).view_as(query)
+
+        arguments = (batch, weights, (tiles, workspace, variant), residual)
+        times = [1e6 * seconds_of(partial(forward, has_prefetch, *arguments)) / layers for has_prefetch in (False, True)]
+        figures.append({"shape": shape.name, "chain": case.name, "without": times[False], "with_prefetch": times[True]})
+        print(f"{shape.name:>5} {case.name}: attention and o_proj {times[False]:.2f} us, with prefetch {times[True]:.2f} us", flush=True)
+    return figures
+
+
+def chained_variant(shape: Shape, case: Case, num_parts: int) -> Variant:
+    """The default one, with the queries left as they are."""
+    block = case.blocks[0]
+    tile_rows = padded_rows(block, shape.num_groups)
+    config = choose_config(num_tiles(case, block), shape.num_kv_heads, tile_rows, shape.head_dim, torch.bfloat16, num_parts)
+    return Variant(block, config, in_place=False)
 
 
 def small_kernels(shape: Shape, row_counts: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -248,7 +362,7 @@ def small_kernels(shape: Shape, row_counts: tuple[int, ...]) -> list[dict[str, A
         stored = (new[0], new[1], pages[0], pages[1], source, 2 * source)
         for name, kernel, arguments, launches in (
             ("rotate_and_store", rotary.rotate_and_store, rotated, shape.layers),
-            ("store_rows", store.store_rows, stored, 1),
+            ("store_rows", store.store_rows, stored, 20),
         ):
             work = partial(repeat, kernel, arguments, launches)
             seconds = seconds_of(work) / launches
@@ -299,16 +413,16 @@ def rows_of(case: Case, device: torch.device) -> Rows:
     return Rows(*(column.int().to(device) for column in columns))
 
 
-def spans_of(case: Case, device: torch.device) -> Spans:
+def spans_of(case: Case, device: torch.device, page_size: int) -> Spans:
     """Every seat's pages in an order of their own."""
-    pages = -(-max(case.cached, 1) // PAGE_SIZE)
+    pages = -(-max(case.cached, 1) // page_size)
     table = torch.randperm(case.seats * pages, generator=torch.Generator().manual_seed(0)).view(case.seats, pages)
     start = (torch.arange(case.seats) * case.rows).int().to(device)
     none = torch.zeros_like(start)
     prompt, decode = (start, start + case.rows), (none, none)
     if not case.is_prompt:
         prompt, decode = decode, prompt
-    return Spans(torch.full_like(start, case.cached), *prompt, *decode, page_table=table.int().to(device), page_size=PAGE_SIZE)
+    return Spans(torch.full_like(start, case.cached), *prompt, *decode, page_table=table.int().to(device), page_size=page_size)
 
 
 def num_tiles(case: Case, block: int) -> int:
@@ -316,39 +430,45 @@ def num_tiles(case: Case, block: int) -> int:
 
 
 def compile_ahead(work: list[tuple[Shape, Case]], workers: int) -> None:
-    """Compile what the sweep will launch into Triton's disk cache, side by side: one at a time takes longer than all the measuring."""
+    """Compile what will be launched into Triton's disk cache, side by side: one at a time takes longer than all the measuring."""
     if not workers:
         return
-    variants: dict[tuple[Shape, int, Config, bool], None] = {}
+    jobs: dict[tuple[Shape, int, Variant, bool], None] = {}  # shape, rows, variant, is a chain
+    num_parts = 2 * torch.cuda.get_device_properties(0).multi_processor_count
     for shape, case in work:
-        for block, config, _ in configurations(shape, case, 2 * torch.cuda.get_device_properties(0).multi_processor_count):
-            cut = replace(config, splits=1)  # splits are no constant of the kernel
-            variants |= {(shape, block, cut, pdl): None for pdl in {launch.pdl(), False}}
+        for _, variant in variants_of(shape, case, num_parts):
+            jobs[shape, variant.block, unsplit(variant), False] = None
+        if case in [Case(1, rows, 512) for rows in CHAINED_ROWS]:
+            jobs[shape, case.rows, unsplit(chained_variant(shape, case, num_parts)), True] = None
     start = time.monotonic()
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        failed = [error for error in pool.map(compile_variant, variants) if error]
-    print(f"compiled {len(variants)} variants in {time.monotonic() - start:.0f} s; {len(failed)} failed", *failed[:3], sep="\n", flush=True)
+        failed = [error for error in pool.map(compile_job, jobs) if error]
+    print(f"compiled {len(jobs)} variants in {time.monotonic() - start:.0f} s; {len(failed)} failed", *failed[:3], sep="\n", flush=True)
 
 
-def compile_variant(variant: tuple[Shape, int, Config, bool]) -> str:
+def unsplit(variant: Variant) -> Variant:
+    """What needs to be compiled: splits are no constant of the kernel."""
+    return replace(variant, config=replace(variant.config, splits=1))
+
+
+def compile_job(job: tuple[Shape, int, Variant, bool]) -> str:
     """Compile one variant without running it; an error comes back as text, for the sweep will meet it again."""
-    shape, block, config, pdl = variant
-    launch.set_pdl(pdl)
+    shape, num_rows, variant, is_chain = job
+    launch.set_pdl(None if variant.pdl else False)
     meta = torch.device("meta")
+    index = torch.empty(1, dtype=torch.int32, device=meta)
     try:
-        batch = Batch.__new__(Batch)
-        batch.shape, batch.case = shape, Case(1, block, 1)
-        batch.rows, batch.spans = rows_of(batch.case, meta), spans_of(batch.case, meta)
-        size = (2, 1, 2 * PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
-        batch.query = torch.empty(block, shape.num_kv_heads * shape.num_groups, shape.head_dim, dtype=torch.bfloat16, device=meta)
-        (batch.new_keys, batch.new_values), (batch.keys, batch.values) = torch.empty((2, *size), dtype=torch.bfloat16, device=meta)
-        index = torch.empty(1, dtype=torch.int32, device=meta)
-        tiles = Tiles(index, index, index, block)
-        workspace = Workspace(shape.num_kv_heads, padded_rows(block, shape.num_groups), shape.head_dim, meta)
+        batch = Batch(shape, Case(1, num_rows, 512), meta, layers=1)  # only a chain asks for the true number of rows
+        tiles, workspace = Tiles(index, index, index, variant.block), batch.workspace(variant.block)
         with launch.compile_only():
-            batch.launch(0, tiles, workspace, config)
+            batch.launch(batch.query, 0, tiles, workspace, variant)
+            if is_chain:
+                width = batch.query[0].numel()
+                weight, residual = (torch.empty(size, width, dtype=torch.bfloat16, device=meta) for size in (width, num_rows))
+                batch.launch(batch.query, 0, tiles, workspace, variant, weight)
+                linear.linear_add(batch.query.flatten(1), weight, residual)
     except Exception as error:
-        return f"{shape.name} block {block} {config}: {type(error).__name__}: {error}"
+        return f"{shape.name} {variant}: {type(error).__name__}: {error}"
     return ""
 
 

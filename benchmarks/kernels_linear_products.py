@@ -86,30 +86,33 @@ def make_weight(product: Product, device: str, dtype: torch.dtype, quantized: st
     return quantize(weight, "int8" if quantized == "int8" else "float8") if quantized else weight
 
 
-def run(product: Product, inputs: Inputs, weight: Weight, config: Config | None = linear.AUTO) -> Any:
-    """Call the operator; `config` None = the library's product."""
+def run(product: Product, inputs: Inputs, weight: Weight, config: Config | None = linear.AUTO, *, in_place: bool = False) -> Any:
+    """Call the operator; `config` None = the library's product. in_place: as in a forward, a residual may be overwritten."""
     match product.kind:
         case "norm_linear":
             return linear.norm_linear(inputs.x, inputs.norm_weight, EPS, weight, config=config)
         case "norm_gated":
             return linear.norm_gated(inputs.x, inputs.norm_weight, EPS, weight, config=config)
         case "linear_add":
-            return linear.linear_add(inputs.x, weight, inputs.residual, config=config)
+            return linear.linear_add(inputs.x, weight, inputs.residual, in_place=in_place, config=config)
         case "readout":
             return readout.readout(inputs.x, inputs.norm_weight, EPS, weight, inputs.bias_banned, inputs.given_ids, config=config)
 
 
 def compile_for_h100(product: Product, num_rows: int, config: Config, quantized: str | None, use_pdl: bool = True) -> list[Any]:
     """Compile what `run` would launch, on any machine: needs neither the data nor a GPU. Returns the compiled kernels."""
-    with _h100(use_pdl), launch.compile_only() as compiled:
+    with compiling_for_h100(use_pdl) as compiled:
         inputs = make_inputs(product, num_rows, "meta", torch.bfloat16)
         run(product, inputs, make_weight(product, "meta", torch.bfloat16, quantized), config)
         return list(compiled)
 
 
 @contextmanager
-def _h100(use_pdl: bool) -> Iterator[None]:
-    """Triton's driver replaced by one that only names the target; contexts on the GPU would cost each worker seconds and memory."""
+def compiling_for_h100(use_pdl: bool = True) -> Iterator[list[Any]]:
+    """Inside, launches compile for an H100 and run nothing; yields the compiled kernels.
+
+    Triton's driver is replaced by one that only names the target: contexts on the GPU would cost each worker seconds and memory.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -125,4 +128,5 @@ def _h100(use_pdl: bool) -> Iterator[None]:
 
     driver.set_active(H100())  # pyright: ignore[reportArgumentType]  # the part of a driver that compiling needs
     launch.set_pdl(use_pdl)
-    yield
+    with launch.compile_only() as compiled:
+        yield compiled

@@ -12,17 +12,18 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from kernels_linear_products import Inputs, Product, compile_for_h100, make_inputs, products, run
 
-from refusion.model.kernels.config import Config, cover
+from refusion.model.kernels.config import TUNED, Config, cover
 
-MAX_CANDIDATES = 12
+MAX_CANDIDATES = 18
+SMALL_WEIGHT = 4_000_000  # numbers; a head is larger
 SHARED_LIMIT = 227 * 1024
 ROTATION = 160e6  # bytes of weights between two uses of the same one; the L2 cache of an H100 holds 50 MB
 POOL = 640_000_000  # weights in the pool, at least the largest head
@@ -47,11 +48,39 @@ class Job:
 
 
 def candidates(product: Product, num_rows: int, limit: int = MAX_CANDIDATES) -> list[Config]:
-    """The most promising configs by the cost model, at most two of a family, so that a wrong model does not drop what would have won."""
-    block_t, extra_t = cover(num_rows)
-    rows = block_t + extra_t
-    has_norm = product.kind != "linear_add"
-    found: list[tuple[float, Config]] = []
+    """What won at other rows, with these row tiles, and the most promising configs by the cost model; of each row tile alike.
+
+    At most two of a family, so that a wrong model does not drop what would have won.
+    """
+    tiles = row_tiles(product, num_rows)
+    kept: list[Config] = []
+    for block_t, extra_t in tiles:
+        known = [replace(config, block_t=block_t, extra_t=extra_t) for config in winners(product)]
+        known = [config for config in dict.fromkeys(known) if is_sensible(product, config)][: limit // len(tiles) // 2]
+        found = [config for config in _configs(product, block_t, extra_t) if is_sensible(product, config) and config not in known]
+        for config in sorted(found, key=lambda config: estimate(product, num_rows, config)):
+            if len(known) < limit // len(tiles) and sum(_family(product, like) == _family(product, config) for like in known) < 2:
+                known.append(config)
+        kept += known
+    return kept
+
+
+def winners(product: Product) -> list[Config]:
+    """Measured best configs of the product in the installed table, those of many rows first."""
+    table = json.loads(TUNED.read_text())
+    entries = (table.get(product.key(rows, "bfloat16")) for rows in (256, 192, 128, 64, 32, 16, 1))
+    return [Config(**entry) for entry in entries if entry]
+
+
+def row_tiles(product: Product, num_rows: int) -> list[tuple[int, int]]:
+    """One tile of all rows; for small weights also several: reading the weight again from the L2 cache costs less than idle processors."""
+    whole = cover(num_rows)
+    is_small = product.num_out * product.num_in <= SMALL_WEIGHT and num_rows > 32
+    return [whole, *((rows, 0) for rows in (16, 32, 64) if is_small and rows < num_rows <= 8 * rows)]
+
+
+def _configs(product: Product, block_t: int, extra_t: int) -> Iterator[Config]:
+    has_norm, rows = product.kind != "linear_add", block_t + extra_t
     for block_n in (16, 32, 64, 128, 256):
         for block_k in (64, 128, 256, 512, 1024):
             for split_k in (1,) if product.kind == "readout" else (1, 2, 3, 4, 6, 8):
@@ -59,15 +88,7 @@ def candidates(product: Product, num_rows: int, limit: int = MAX_CANDIDATES) -> 
                     for num_warps in (4, 8):
                         for lanes in (1, num_warps):
                             for prenorm in (False, True) if has_norm and rows >= 64 else (False,):
-                                config = Config(block_n, block_k, split_k, num_stages, num_warps, block_t, extra_t, lanes, prenorm)
-                                if is_sensible(product, config):
-                                    found.append((estimate(product, config), config))
-    found.sort(key=lambda pair: pair[0])
-    kept: list[Config] = []
-    for _, config in found:
-        if sum(_family(product, like) == _family(product, config) for like in kept) < 2:
-            kept.append(config)
-    return kept[:limit]
+                                yield Config(block_n, block_k, split_k, num_stages, num_warps, block_t, extra_t, lanes, prenorm)
 
 
 def _family(product: Product, config: Config) -> tuple[int, int, bool, bool, bool]:
@@ -100,9 +121,10 @@ def shared_bytes(config: Config) -> int:
     return config.num_stages * config.block_k * (config.block_n + config.rows) * 2
 
 
-def estimate(product: Product, config: Config) -> float:
+def estimate(product: Product, num_rows: int, config: Config) -> float:
     """Seconds by a roofline with waves and latency: good enough to drop what cannot win."""
-    tiles = -(-product.num_out // config.block_n)
+    row_tiles, weight_tiles = config.tiles(num_rows, product.num_out)
+    tiles = row_tiles * weight_tiles
     programs = tiles * config.split_k
     looped = config.block_k < product.num_in
     resident = max(1, min(SHARED_LIMIT // (shared_bytes(config) + 1024) if looped else 2, 16 // config.num_warps, 8))
@@ -110,9 +132,9 @@ def estimate(product: Product, config: Config) -> float:
     efficiency = 1.0 if waves > 8 else min(1.0, programs / 132) if waves <= 1 else waves / -(-waves // 1)
     in_flight = min(programs, 132 * resident) * config.block_n * config.block_k * 2 * (config.num_stages - 1.5 if looped else 1)
     weights = product.num_out * product.num_in * 2
-    reread = tiles * config.rows * product.num_in * 2
+    reread = (row_tiles - 1) * weights + tiles * config.rows * product.num_in * 2
     partials = (2 * programs * config.block_n * config.rows * 4) if config.split_k > 1 else 0
-    padded = 2 * max(64, config.block_n) / config.block_n * product.num_out * product.num_in * config.rows
+    padded = 2 * max(64, config.block_n) / config.block_n * product.num_out * product.num_in * config.rows * row_tiles
     step = 12e-9 if config.block_n >= 64 else 20e-9  # of a chain of dependent tensor core instructions, 16 columns each
     chain = step * product.num_in / (16 * config.split_k * config.lanes) * max(1.0, waves)
     memory = weights / min(MEMORY, in_flight / LATENCY)
@@ -124,18 +146,24 @@ def estimate(product: Product, config: Config) -> float:
     return max(memory, (weights + reread + partials) / L2, padded / TENSOR, chain) / efficiency + latency + extra
 
 
-def sweep(output: Path, budget: float, num_workers: int, tiny: bool) -> int:
-    """Measure until the budget is spent; writes tuned.json and sweep.json below `output`. Returns the exit code."""
+def sweep(output: Path, budget: float, num_workers: int, tiny: bool, only: Sequence[str] = ()) -> int:
+    """Measure until the budget is spent; writes tuned.json and sweep.json below `output`. Returns the exit code.
+
+    `only` names what is measured as "model:rows" or "model:rows:product"; the table keeps its other entries.
+    """
     started = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     order = (("tiny", 3), ("tiny", 17)) if tiny else PRIORITY
     groups = [
-        (product, rows, candidates(product, rows, 2 if tiny else MAX_CANDIDATES)) for model, rows in order for product in products(model)
+        (product, rows, candidates(product, rows, 2 if tiny else MAX_CANDIDATES))
+        for model, rows in order
+        for product in products(model)
+        if not only or f"{model}:{rows}" in only or f"{model}:{rows}:{product.name}" in only
     ]
     jobs = [Job(product, rows, config) for product, rows, configs in groups for config in configs]
     pool = None if tiny else torch.randn(POOL, device="cuda", dtype=torch.bfloat16).mul_(0.02)
     log: list[dict[str, Any]] = []
-    tuned: dict[str, Any] = {}
+    tuned: dict[str, Any] = json.loads(TUNED.read_text()) if only else {}
     num_done = 0
     with _workers(num_workers) as workers:
         compiled = workers.imap(_compile, jobs, chunksize=2)
@@ -200,11 +228,13 @@ def measure(job: Job, inputs: Inputs, pool: torch.Tensor | None) -> dict[str, An
         weights = [pool[i * num_weights : (i + 1) * num_weights].view(shape) for i in range(count)]
     begin = time.perf_counter()
     try:
-        run(job.product, inputs, weights[0], job.config)
+        run(job.product, inputs, weights[0], job.config, in_place=True)
         if pool is not None:
             torch.cuda.synchronize()
         first_call = time.perf_counter() - begin  # far above 0.1 s: the compiled kernel was not found in the cache
-        seconds = time_calls([lambda weight=weight: run(job.product, inputs, weight, job.config) for weight in weights], pool is not None)
+        seconds = time_calls(
+            [lambda weight=weight: run(job.product, inputs, weight, job.config, in_place=True) for weight in weights], pool is not None
+        )
     except Exception as error:  # out of resources at launch and the like: this candidate is lost, the sweep goes on
         return _entry(job, error=f"{type(error).__name__}: {error}"[:300])
     return _entry(job, microseconds=seconds * 1e6, terabytes_per_second=2 * num_weights / seconds / 1e12, first_call_seconds=first_call)

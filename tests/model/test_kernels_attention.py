@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from refusion.model import attention_ops
-from refusion.model.kernels import attention, rotary, store
-from refusion.model.kernels.attention import Config, Workspace, attend, choose_splits, padded_rows
+from refusion.model.kernels import rotary, store
+from refusion.model.kernels.attention import Workspace, attend
+from refusion.model.kernels.attention_config import MAX_SPLITS, Config, choose_splits, padded_rows, parts_at_a_time
+from refusion.model.quantize import QuantizedWeight
 from refusion.model.rows import Tiles, plain_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +36,17 @@ ALONE = [Seat(length, 0, LONE) for length in (1, 31, 0, 32, 33)]
 BATCHES = {"decode": RAGGED, "prompt": PROMPTS, "both": BOTH, "autoregressive": ALONE}
 
 
-def run(forward: Forward, *, splits: int, block: int, columns: int = 16, num_tiles: int | None = None) -> torch.Tensor:
+def run(
+    forward: Forward,
+    *,
+    splits: int,
+    block: int,
+    columns: int = 16,
+    new_columns: int = 16,
+    merge_parts: int = 2,
+    num_tiles: int | None = None,
+    **options: Any,
+) -> torch.Tensor:
     """The kernel's answer; the workspace is NaN at first and its counters are zero afterwards."""
     forward = forward.to(DEVICE)
     num_kv_heads, head_dim = forward.new_keys.shape[1:]
@@ -43,9 +56,13 @@ def run(forward: Forward, *, splits: int, block: int, columns: int = 16, num_til
     workspace = Workspace(num_tiles * num_kv_heads * splits, tile_rows, head_dim, torch.device(DEVICE))
     for parts in (workspace.mixed, workspace.best, workspace.total):
         parts.fill_(torch.nan)
-    found = attend(*forward.arguments, tiles, workspace, Config(splits, columns, num_warps=4, num_stages=2))
+    config = Config(splits, columns, new_columns, num_warps=4, num_stages=2, merge_parts=merge_parts)
+    query = forward.query.clone()
+    found = attend(query, *forward.arguments[1:], tiles, workspace, config, **options)
     assert not workspace.arrived.any()
-    assert not found[forward.rows.seat < 0].any()
+    left_over = query.flatten(1) if options.get("in_place") else torch.zeros_like(found)
+    is_padding = forward.rows.seat < 0
+    assert torch.equal(found[is_padding], left_over[is_padding])
     return found.cpu()
 
 
@@ -109,10 +126,46 @@ def test_too_small_a_workspace_is_refused() -> None:
     tiles = plain_tiles(forward.spans, 4, 2)
     workspace = Workspace(7, padded_rows(4, 3), 16, torch.device(DEVICE))
     with pytest.raises(AssertionError, match="8 parts"):
-        attend(*forward.arguments, tiles, workspace, Config(2, 16, 4, 2))
+        attend(*forward.arguments, tiles, workspace, Config(2, 16, 16, 4, 2))
+
+
+def test_splits_fill_half_of_the_workspace() -> None:
     assert choose_splits(num_tiles=2, num_kv_heads=2, num_parts=7) == 1
-    assert choose_splits(num_tiles=1, num_kv_heads=2, num_parts=7) == 3
-    assert choose_splits(num_tiles=1, num_kv_heads=1, num_parts=1000) == attention.MAX_SPLITS
+    assert choose_splits(num_tiles=1, num_kv_heads=2, num_parts=14) == 3
+    assert choose_splits(num_tiles=1, num_kv_heads=1, num_parts=1000) == MAX_SPLITS
+    assert parts_at_a_time(16, 128, num_warps=4) == 8
+    assert parts_at_a_time(128, 128, num_warps=4) == 1
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_result_may_take_the_place_of_the_queries(name: str, splits: int) -> None:
+    forward = forward_of(BATCHES[name])
+    expected = attention_ops.attend(*forward.arguments)
+    is_real = forward.rows.seat >= 0
+    found = run(forward, splits=splits, block=4, in_place=True)
+    torch.testing.assert_close(found[is_real], expected[is_real], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_new_rows_and_parts_may_be_taken_in_blocks_of_their_own(name: str) -> None:
+    forward = forward_of(BATCHES[name])
+    expected = attention_ops.attend(*forward.arguments)
+    found = run(forward, splits=5, block=8, columns=32, new_columns=16, merge_parts=1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    assert torch.equal(found, run(forward, splits=5, block=8, columns=32, new_columns=16, merge_parts=8))
+
+
+@pytest.mark.parametrize("num_rows", [1, 40])
+def test_a_weight_fetched_meanwhile_changes_nothing(num_rows: int) -> None:
+    forward = forward_of(RAGGED)
+    weight = torch.randn(num_rows, 48, device=DEVICE)
+    expected = run(forward, splits=3, block=8)
+    assert torch.equal(run(forward, splits=3, block=8, prefetch=weight), expected)
+    quantized = QuantizedWeight(weight.to(torch.int8), torch.ones(num_rows, device=DEVICE))
+    assert torch.equal(
+        run(forward, splits=3, block=8, prefetch=quantized, in_place=True)[forward.rows.seat >= 0], expected[forward.rows.seat >= 0]
+    )
 
 
 def test_no_used_tile_leaves_only_zeros() -> None:
@@ -120,7 +173,7 @@ def test_no_used_tile_leaves_only_zeros() -> None:
     tiles = plain_tiles(forward.spans, 4, 2)
     assert isinstance(tiles, Tiles)
     workspace = Workspace(8, 16, 16, torch.device(DEVICE))
-    assert not attend(*forward.arguments, tiles, workspace, Config(2, 16, 4, 2)).any()
+    assert not attend(*forward.arguments, tiles, workspace, Config(2, 16, 16, 4, 2)).any()
 
 
 @pytest.mark.parametrize("has_norm", [False, True])
@@ -146,7 +199,9 @@ def test_rotation_is_that_of_the_plain_twin(num_heads: int, num_kv_heads: int, h
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
-def test_rows_are_stored_as_by_the_plain_twin() -> None:
+@pytest.mark.parametrize("layers", [1, 4])
+def test_rows_are_stored_as_by_the_plain_twin(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "layers_of_program", lambda num_rows, num_layers: layers)
     generator = torch.Generator().manual_seed(0)
     new = torch.randn(2, 6, 9, 3, 16, generator=generator).to(DEVICE)  # six layers: more than a program takes, and not a multiple
     source = torch.tensor([4, -1, 0, 8, -1], dtype=torch.int32, device=DEVICE)
@@ -155,6 +210,10 @@ def test_rows_are_stored_as_by_the_plain_twin() -> None:
     store.store_rows(new[0], new[1], found[0], found[1], source, target)
     attention_ops.store_rows(new[0], new[1], expected[0], expected[1], source, target)
     assert torch.equal(found, expected)
+
+
+def test_many_rows_share_programs_and_few_do_not() -> None:
+    assert [store.layers_of_program(num_rows, 36) for num_rows in (1, 28, 29, 192, 10_000)] == [1, 1, 2, 8, 8]
 
 
 @pytest.mark.gpu
@@ -168,6 +227,7 @@ def test_real_heads_in_the_configuration_chosen_for_them(num_kv_heads: int, num_
     forward = forward_of(seats, **shape).to("cuda")
     tiles = plain_tiles(forward.spans, block, 512 // block + 8)
     workspace = Workspace.for_device(block, num_groups, head_dim, torch.device("cuda"))
-    found = attend(*forward.arguments, tiles, workspace)
+    weight = torch.zeros(4096, 4096, dtype=torch.bfloat16, device="cuda")
+    found = attend(*forward.arguments, tiles, workspace, prefetch=weight)
     torch.testing.assert_close(found.double(), dense(forward), rtol=2e-2, atol=2e-2)
     assert torch.equal(found, attend(*forward.arguments, tiles, workspace))

@@ -67,7 +67,7 @@ def test_a_wrong_shape_is_named(copied: Path) -> None:
 def test_a_truncated_file_is_named(copied: Path, num_bytes: int) -> None:
     file = copied / "model.safetensors"
     file.write_bytes(file.read_bytes()[:num_bytes])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or truncated"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: .* truncated"):
         Transformer.from_pretrained(copied)
 
 

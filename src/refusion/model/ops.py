@@ -1,7 +1,8 @@
 """The dense operators of a transformer layer in plain PyTorch: what the kernels in `refusion.model.kernels` compute, step by step.
 
 They round where Hugging Face's models round (after the norm, after each product); a kernel may round later, never earlier. Weights
-are plain tensors or `QuantizedWeight`s; quantised codes are multiplied in the dtype of the activations and scaled afterwards.
+are plain tensors or `QuantizedWeight`s; quantised codes are multiplied in the dtype of the activations and scaled afterwards. A kernel
+may bring the next weight, `prefetch`, to a cache meanwhile; here it is ignored.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refusion.model.quantize import QuantizedWeight
+
+Weight = Tensor | QuantizedWeight
 
 # T = rows, K = in features, N = out features, I = intermediate features, V = vocabulary
 
@@ -31,25 +34,25 @@ def rms_norm(x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype) * norm_weight
 
 
-def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+def norm_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None, *, prefetch: Weight | None = None
+) -> Tensor:
     """[T, N] = rms_norm(x) @ weight.T (+ bias)."""
     return _linear(rms_norm(x, norm_weight, eps), weight, bias)
 
 
-def norm_gated(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor | QuantizedWeight) -> Tensor:
+def norm_gated(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, prefetch: Weight | None = None) -> Tensor:
     """[T, I] = silu(rms_norm(x) @ gate.T) * (rms_norm(x) @ up.T); `weight` [2I, K] holds the rows of gate, then those of up."""
     gate, up = _linear(rms_norm(x, norm_weight, eps), weight).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def linear_add(x: Tensor, weight: Tensor | QuantizedWeight, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_add(x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None, *, prefetch: Weight | None = None) -> Tensor:
     """[T, N] = residual + x @ weight.T (+ bias)."""
     return residual + _linear(x, weight, bias)
 
 
-def readout(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor | QuantizedWeight, bias_banned: Tensor, given_ids: Tensor
-) -> Readout:
+def readout(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias_banned: Tensor, given_ids: Tensor) -> Readout:
     """Greedy readout of rms_norm(x) @ weight.T + bias_banned, logits in float32.
 
     bias_banned [V] float32, 0 or -inf, some 0; given_ids [T] integer, negative where nothing is given.
@@ -66,7 +69,7 @@ def readout(
     return Readout(best, confidence, (given - normaliser).exp(), best == given_ids)
 
 
-def _linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+def _linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, QuantizedWeight):
         return F.linear(x, weight, bias)
     product = F.linear(x.float(), weight.data.to(x.dtype).float()) * weight.scale

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from refusion.checkpoint import weight_files
+from refusion.checkpoint import open_tensors, weight_files
 from refusion.errors import CheckpointError
 
 # fused parameter -> the checkpoint parameters it stacks, in this order
@@ -31,11 +30,8 @@ def load_weights(model: nn.Module, path: Path, *, device: torch.device, dtype: t
 
 
 def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged or truncated ({error}); fetch the checkpoint again") from error
+    with open_tensors(file) as tensors:
+        return list(tensors.keys())
 
 
 def _sources(name: str) -> list[str]:
@@ -50,7 +46,7 @@ def _sources(name: str) -> list[str]:
 def _read(files: dict[str, Path], name: str, path: Path) -> Tensor:
     if name not in files:
         raise CheckpointError(f"{path} lacks the tensor {name}; it is not a complete Qwen3 or Llama checkpoint")
-    with safe_open(files[name], framework="pt") as tensors:
+    with open_tensors(files[name]) as tensors:
         return tensors.get_tensor(name)
 
 

@@ -1,4 +1,4 @@
-"""How the kernels of this package are started: programmatic dependent launch, arrival counters, compiling without running.
+"""How the kernels of this package are started: programmatic dependent launch, overlap, arrival counters, compiling without running.
 
 Every kernel takes a constexpr `PDL`. Where it is set, a kernel may start while the one before it still runs and calls `gdc_wait` in *every*
 program before it touches anything an earlier kernel wrote. Since no program gets past its wait before the previous grid is complete, and
@@ -8,7 +8,8 @@ that one waited likewise, everything launched earlier is complete too: a chain o
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,32 @@ from triton import knobs
 NUM_COUNTERS = 16384
 """Arrival counters of a device, one per output tile whose K is split."""
 
+Order = Literal["off", "early", "late"]
+"""When the kernel after a product may start: once the product has ended, once all its programs have begun, or once their loops are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """What a product does for the kernel after it, by measurement; results do not depend on it."""
+
+    small: Order = "early"
+    """Weights of a few megabytes: everything is latency, so the next kernel should stand ready."""
+    large: Order = "late"
+    """Larger ones: a kernel that stands ready early takes room and memory traffic from the one that runs."""
+    large_bytes: int = 16_000_000
+    """From here on a weight is large."""
+    prefetch_bytes: int = 12_000_000
+    """Of the next weight, brought to the L2 cache; 0 = none. An H100's has 50 MB, but may hold a line twice."""
+    prefetch_first: bool = False
+    """Ask before the results are stored, instead of after: the memory idles less, and the stores stand in line."""
+
+    def order(self, num_bytes: int) -> Order:
+        """Of a product with a weight of so many bytes."""
+        return self.large if num_bytes >= self.large_bytes else self.small
+
+
 _forced: bool | None = None
+_overlap = Overlap()
 _compiling = False
 _counters: dict[torch.device, Tensor] = {}
 
@@ -35,14 +61,28 @@ def set_pdl(enabled: bool | None) -> None:
     _forced = enabled
 
 
+def overlap() -> Overlap:
+    """How launches overlap now."""
+    return _overlap
+
+
+def set_overlap(chosen: Overlap | None) -> None:
+    """For measurements; None = the default. Graphs captured before keep what they were captured with."""
+    global _overlap
+    _overlap = chosen or Overlap()
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
     return knobs.runtime.interpret
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> Any:
-    """Run `kernel` on `grid` with `PDL` as it is switched; `constants` are its constexprs and Triton's options."""
-    if pdl():
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, is_dependent: bool = True, **constants: Any) -> Any:
+    """Run `kernel` on `grid` with `PDL` as it is switched, without it unless `is_dependent`.
+
+    `constants` are the constexprs of the kernel and Triton's options.
+    """
+    if pdl() and is_dependent:
         constants |= {"PDL": True, "launch_pdl": True}
     else:
         constants |= {"PDL": False}

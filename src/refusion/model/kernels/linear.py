@@ -14,12 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from refusion.model.kernels.config import Config, Kind, choose_config
-from refusion.model.kernels.launch import NUM_COUNTERS, counters, launch
+from refusion.model.kernels.launch import NUM_COUNTERS, counters, launch, overlap
 from refusion.model.kernels.norms import rms_norm, silu_multiply
-from refusion.model.kernels.stream import stream
+from refusion.model.kernels.prefetch import prefetch_share, slab_of
+from refusion.model.kernels.stream import release, stream
 from refusion.model.quantize import QuantizedWeight
 
 # T = rows, K = in features, N = out features, I = intermediate features
+
+Weight = Tensor | QuantizedWeight
 
 AUTO = Config(0, 0, 0, 0, 0, 0)
 """Stands for `choose_config`; a benchmark names a config of its own, or None for the library."""
@@ -37,37 +40,52 @@ def norm_linear(
     x: Tensor,
     norm_weight: Tensor,
     eps: float,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     bias: Tensor | None = None,
     *,
+    prefetch: Weight | None = None,
     config: Config | None = AUTO,
 ) -> Tensor:
-    """[T, N] = rms_norm(x) @ weight.T (+ bias)."""
+    """[T, N] = rms_norm(x) @ weight.T (+ bias). `prefetch` is the weight of the next product, here and below."""
     config = resolve(config, x, weight, "norm_linear")
     if config is None:
-        return F.linear(rms_norm(x, norm_weight, eps), as_plain(weight), bias)
-    return _run(x, weight, config, norm=(norm_weight, eps), bias=bias)
+        return F.linear(rms_norm(x, norm_weight, eps, prefetch=weight), as_plain(weight), bias)
+    return _run(x, weight, config, norm=(norm_weight, eps), bias=bias, prefetch=prefetch)
 
 
-def norm_gated(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor | QuantizedWeight, *, config: Config | None = AUTO) -> Tensor:
+def norm_gated(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, prefetch: Weight | None = None, config: Config | None = AUTO
+) -> Tensor:
     """[T, I] = silu(rms_norm(x) @ gate.T) * (rms_norm(x) @ up.T); `weight` [2I, K] holds the rows of gate, then those of up."""
     config = resolve(config, x, weight, "norm_gated")
     if config is None:
-        return silu_multiply(F.linear(rms_norm(x, norm_weight, eps), as_plain(weight)))
-    return _run(x, weight, config, norm=(norm_weight, eps), is_gated=True)
+        gate_up = F.linear(rms_norm(x, norm_weight, eps, prefetch=weight), as_plain(weight))
+        return silu_multiply(gate_up, prefetch=prefetch)
+    return _run(x, weight, config, norm=(norm_weight, eps), is_gated=True, prefetch=prefetch)
 
 
 def linear_add(
-    x: Tensor, weight: Tensor | QuantizedWeight, residual: Tensor, bias: Tensor | None = None, *, config: Config | None = AUTO
+    x: Tensor,
+    weight: Weight,
+    residual: Tensor,
+    bias: Tensor | None = None,
+    *,
+    in_place: bool = False,
+    prefetch: Weight | None = None,
+    config: Config | None = AUTO,
 ) -> Tensor:
-    """[T, N] = residual + x @ weight.T (+ bias)."""
+    """[T, N] = residual + x @ weight.T (+ bias). in_place: the result may take the place of the residual, which spares a copy of it."""
     config = resolve(config, x, weight, "linear_add")
-    if config is None:
-        return F.linear(x, as_plain(weight), bias).add_(residual)
-    return _run(x, weight, config, residual=residual, bias=bias)
+    if config is not None:
+        return _run(x, weight, config, residual=residual, bias=bias, prefetch=prefetch)
+    plain = as_plain(weight)
+    if bias is not None:
+        return F.linear(x, plain, bias).add_(residual)
+    # The library adds in its epilogue, but only in place: `torch.addmm` copies the residual first.
+    return residual.addmm_(x, plain.T) if in_place else torch.addmm(residual, x, plain.T)
 
 
-def resolve(config: Config | None, x: Tensor, weight: Tensor | QuantizedWeight, kind: Kind) -> Config | None:
+def resolve(config: Config | None, x: Tensor, weight: Weight, kind: Kind) -> Config | None:
     """The config to use: the one given, or for AUTO the chosen one."""
     assert x.shape[1] == weight.shape[1], f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}"
     assert x.stride(1) == 1, f"rows of x must be contiguous, not strided by {x.stride()}"
@@ -77,7 +95,7 @@ def resolve(config: Config | None, x: Tensor, weight: Tensor | QuantizedWeight, 
     return choose_config(weight.shape[0], weight.shape[1], x.shape[0], kind, _DTYPES[data.dtype])
 
 
-def as_plain(weight: Tensor | QuantizedWeight) -> Tensor:
+def as_plain(weight: Weight) -> Tensor:
     """The library multiplies plain weights only; `choose_config` never sends it quantised ones."""
     assert isinstance(weight, Tensor), "a quantised weight needs a kernel config"
     return weight
@@ -90,7 +108,7 @@ class Operand(NamedTuple):
     scale: Tensor | None
 
 
-def operand(weight: Tensor | QuantizedWeight) -> Operand:
+def operand(weight: Weight) -> Operand:
     made = Operand(weight.data, weight.scale) if isinstance(weight, QuantizedWeight) else Operand(weight, None)
     assert made.data.is_contiguous(), "weights are read as rows of K"
     return made
@@ -98,23 +116,26 @@ def operand(weight: Tensor | QuantizedWeight) -> Operand:
 
 def _run(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     config: Config,
     *,
     norm: tuple[Tensor, float] | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     is_gated: bool = False,
+    prefetch: Weight | None = None,
 ) -> Tensor:
     if norm is not None and config.prenorm:
-        x, norm = rms_norm(x, *norm), None
+        x, norm = rms_norm(x, *norm, prefetch=weight), None
     data, scale = operand(weight)
     (num_rows, num_in), num_out = x.shape, data.shape[0]
+    assert config.split_k == 1 or config.block_k < num_in, f"one block of {num_in} columns cannot be split: {config}"
     tiles = config.tiles(num_rows, num_out)
     width = num_out // 2 if is_gated else num_out
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     partials, arrivals = (out, out) if config.split_k == 1 else _workspace(x, tiles, config)
     norm_weight, eps = norm or (x, 0.0)
+    slab, order = slab_of(prefetch, x), overlap().order(data.nbytes)
     launch(
         linear_kernel,
         (*tiles, config.split_k),
@@ -131,6 +152,7 @@ def _run(
         x.stride(0),
         0 if residual is None else residual.stride(0),
         eps,
+        *slab,
         N=num_out,
         K=num_in,
         HAS_NORM=norm is not None,
@@ -145,6 +167,10 @@ def _run(
         SPLIT_K=config.split_k,
         LANES=config.lanes,
         NUM_STAGES=config.num_stages,
+        LATE=order == "late",
+        HAS_PREFETCH=slab.num_lines > 0,
+        PREFETCH_FIRST=overlap().prefetch_first,
+        is_dependent=order != "off",
         num_stages=config.num_stages,
         num_warps=config.num_warps,
     )
@@ -159,7 +185,7 @@ def _workspace(x: Tensor, tiles: tuple[int, int], config: Config) -> tuple[Tenso
     return torch.empty(size, dtype=torch.float32, device=x.device), counters(x.device)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "next_rows", "next_lines", "next_row_bytes"])
 def linear_kernel(
     x,
     weight,
@@ -174,6 +200,10 @@ def linear_kernel(
     x_stride,
     residual_stride,
     eps,
+    next_weight,
+    next_rows,
+    next_lines,
+    next_row_bytes,
     N: tl.constexpr,
     K: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -188,6 +218,9 @@ def linear_kernel(
     SPLIT_K: tl.constexpr,
     LANES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    LATE: tl.constexpr,
+    HAS_PREFETCH: tl.constexpr,
+    PREFETCH_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # Row tiles run fastest: the programs that share weights run together, so only the first of them reads the weights from memory.
@@ -220,7 +253,13 @@ def linear_kernel(
         LANES,
         NUM_STAGES,
         PDL,
+        LATE,
     )
+    release(PDL, LATE)
+    program = (part * tl.num_programs(1) + tile_n) * tl.num_programs(0) + tl.program_id(0)
+    num_programs = tl.num_programs(0) * tl.num_programs(1) * SPLIT_K
+    if HAS_PREFETCH and PREFETCH_FIRST:
+        prefetch_share(next_weight, next_rows, next_lines, next_row_bytes, program, num_programs, 256)
     owes_norm: tl.constexpr = HAS_NORM and K > BLOCK_K
     if SPLIT_K > 1:
         tile = tl.program_id(0) * tl.num_programs(1) + tile_n
@@ -245,6 +284,8 @@ def linear_kernel(
         if EXTRA_T > 0:
             finish(extra, extra_squares, first_row + BLOCK_T, weight_rows, tile_n, scale, bias, residual, out, num_rows, residual_stride,
                    eps, N, K, owes_norm, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, EXTRA_T, BLOCK_N)  # fmt: skip
+    if HAS_PREFETCH and not PREFETCH_FIRST:
+        prefetch_share(next_weight, next_rows, next_lines, next_row_bytes, program, num_programs, 256)
 
 
 @triton.jit

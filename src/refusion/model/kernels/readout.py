@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from refusion.model.kernels.config import Config
-from refusion.model.kernels.launch import launch
+from refusion.model.kernels.launch import launch, overlap
 from refusion.model.kernels.linear import AUTO, operand, resolve
 from refusion.model.kernels.norms import rms_norm
-from refusion.model.kernels.stream import stream, wait
+from refusion.model.kernels.stream import release, stream, wait
 from refusion.model.ops import Readout
 from refusion.model.quantize import QuantizedWeight
 
@@ -38,13 +38,14 @@ def readout(
     assert config is not None, "the library has no fused readout"
     assert config.split_k == 1, f"a readout reduces whole logits, not those of {config}"
     if config.prenorm:
-        x = rms_norm(x, norm_weight, eps)
+        x = rms_norm(x, norm_weight, eps, prefetch=weight)
     data, scale = operand(weight)
     (num_rows, num_in), vocabulary = x.shape, data.shape[0]
     tiles = config.tiles(num_rows, vocabulary)
     peaks, sums = torch.empty((2, num_rows, tiles[1]), dtype=torch.float32, device=x.device)
     peak_ids = torch.empty((num_rows, tiles[1]), dtype=torch.int32, device=x.device)
     given_logits = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    order = overlap().order(data.nbytes)
     launch(
         readout_tiles_kernel,
         tiles,
@@ -71,6 +72,8 @@ def readout(
         BLOCK_K=config.block_k,
         LANES=config.lanes,
         NUM_STAGES=config.num_stages,
+        LATE=order == "late",
+        is_dependent=order != "off",
         num_stages=config.num_stages,
         num_warps=config.num_warps,
     )
@@ -98,7 +101,7 @@ def _add_tiles(peaks: Tensor, peak_ids: Tensor, sums: Tensor, given_logits: Tens
         V=vocabulary,
         M=num_tiles,
         BLOCK=block,
-        num_warps=8 if block > 1024 else 4,
+        num_warps=min(16, max(4, block // 256)),  # 8 tiles a thread: all loads are on their way at once
     )
     return result
 
@@ -128,6 +131,7 @@ def readout_tiles_kernel(
     BLOCK_K: tl.constexpr,
     LANES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    LATE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # Row tiles run fastest, so that all of them find a tile of the head in the L2 cache.
@@ -136,8 +140,9 @@ def readout_tiles_kernel(
     weight_rows = tl.minimum(tokens, V - 1)
     acc, extra, squares, extra_squares = stream(  # pyright: ignore[reportGeneralTypeIssues]: a call inside a kernel, not Python's
         x, x_stride, num_rows, first_row, weight, weight_rows, norm_weight, eps, 0,
-        K, HAS_NORM, BLOCK_T, EXTRA_T, BLOCK_N, BLOCK_K, 1, LANES, NUM_STAGES, PDL,
+        K, HAS_NORM, BLOCK_T, EXTRA_T, BLOCK_N, BLOCK_K, 1, LANES, NUM_STAGES, PDL, LATE,
     )  # fmt: skip
+    release(PDL, LATE)
     owes_norm: tl.constexpr = HAS_NORM and K > BLOCK_K
     reduce_tile(acc, squares, first_row, tokens, scale, bias_banned, given_ids, peaks, peak_ids, sums, given_logits,
                 num_rows, eps, V, K, owes_norm, HAS_SCALE, BLOCK_T)  # fmt: skip
@@ -212,12 +217,13 @@ def readout_rows_kernel(
     peak = tl.load(peaks + place, mask=tiles < M, other=float("-inf"))
     peak_id = tl.load(peak_ids + place, mask=tiles < M, other=V)
     tile_sum = tl.load(sums + place, mask=tiles < M, other=0.0)
+    given = tl.load(given_ids + row).to(tl.int64)
+    given_logit = tl.load(given_logits + row)  # nobody wrote it where nothing is given; loaded all the same, not to wait for `given`
     highest = tl.max(peak, axis=0)
     token = tl.min(tl.where(peak == highest, peak_id, V), axis=0)
     total = tl.sum(tl.exp(peak - highest) * tile_sum, axis=0)
-    given = tl.load(given_ids + row).to(tl.int64)
     is_given = (given >= 0) & (given < V)
-    given_logit = tl.load(given_logits + row, mask=is_given, other=float("-inf"))
+    given_logit = tl.where(is_given, given_logit, float("-inf"))
     tl.store(token_ids + row, token.to(tl.int64))
     tl.store(confidence + row, 1.0 / total)
     tl.store(given_probability + row, tl.exp(given_logit - highest) / total)

@@ -9,7 +9,8 @@ from refusion.model.kernels.stream import wait
 
 # L = layers, T = rows, M = rows to copy, H = key/value heads, D = head dimension
 
-LAYERS = 4  # layers of a program: enough bytes to be worth its start
+PROGRAMS = 1024  # about eight per multiprocessor: more of them only queue
+MAX_LAYERS = 8  # layers of a program; its bytes pass through registers
 
 
 def store_rows(new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
@@ -21,9 +22,10 @@ def store_rows(new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tenso
     assert (new_keys.stride(), keys.stride()) == (new_values.stride(), values.stride()), "keys and values must be laid out alike"
     assert new_keys.stride()[2:] == keys.stride()[2:] == (head_dim, 1), "the heads of a row must be contiguous"
     width = num_kv_heads * head_dim
+    layers = layers_of_program(source.shape[0], num_layers)
     launch(
         _store_rows,
-        (source.shape[0], -(-num_layers // LAYERS)),
+        (source.shape[0], -(-num_layers // layers)),
         new_keys,
         new_values,
         keys,
@@ -37,9 +39,15 @@ def store_rows(new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tenso
         keys.stride(1),
         WIDTH=width,
         WIDTH_PADDED=triton.next_power_of_2(width),
-        LAYERS=LAYERS,
+        LAYERS=layers,
         num_warps=4,
     )
+
+
+def layers_of_program(num_rows: int, num_layers: int) -> int:
+    """One layer while rows are few, so that a lone row spreads over the GPU; a power of two."""
+    needed = -(-num_rows * num_layers // PROGRAMS)
+    return min(MAX_LAYERS, 1 << (needed - 1).bit_length())
 
 
 @triton.jit
@@ -62,9 +70,9 @@ def _store_rows(
 ):
     wait(PDL)
     row = tl.load(source + tl.program_id(0)).to(tl.int64)
+    place = tl.load(target + tl.program_id(0)).to(tl.int64)  # beside the look-up of the source, not after it
     if row < 0:
         return
-    place = tl.load(target + tl.program_id(0)).to(tl.int64)
     layer = (tl.program_id(1) * LAYERS + tl.arange(0, LAYERS)).to(tl.int64)[:, None]
     inside = tl.arange(0, WIDTH_PADDED)[None, :]
     is_real = (layer < num_layers) & (inside < WIDTH)

@@ -9,6 +9,8 @@ import triton.language as tl
 from triton import knobs
 from triton.language.extra import cuda
 
+from refusion.model.kernels.prefetch import ask
+
 # T = rows of x in a tile, E = rows of the second accumulator (0 = none), N = weight rows of a tile, K = in features
 
 # The interpreter multiplies bfloat16 as if they were integers; float32 holds the same products exactly.
@@ -36,6 +38,7 @@ def stream(
     LANES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     PDL: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     """Products [N, T] and [N, E] of this part of K in float32, and the sums of squares [T] and [E] of x over it.
 
@@ -45,6 +48,9 @@ def stream(
 
     With LANES > 1 a block of K is cut into as many parts side by side, a leading axis of every tile: each warp multiplies its own part, so
     a small tile keeps all warps busy and the chain of dependent tensor core instructions is that much shorter. Added up at the end.
+
+    The parts of a split K take turns at its blocks, so all of them begin in the first columns: those that were prefetched. With LATE the
+    next kernel may start when the loop is done, otherwise as soon as this one has begun.
     """
     columns = tl.arange(0, BLOCK_K // LANES)
     if LANES > 1:
@@ -53,7 +59,7 @@ def stream(
     weights = weight + weight_rows.to(tl.int64)[:, None] * K + tl.expand_dims(columns, -2)
     if K <= BLOCK_K:
         codes = tl.load(weights, mask=tl.expand_dims(columns, -2) < K, other=0.0)  # nobody wrote the weights: before the wait
-        wait(PDL)
+        wait(PDL, LATE)
         gains = tl.load(norm_weight + columns, mask=columns < K, other=0.0) if HAS_NORM else columns
         rows = normed_rows(x, x_stride, num_rows, first_row, columns, gains, eps, K, HAS_NORM, LANES, BLOCK_T)
         acc = add_lanes(multiply(codes, rows, zeros(LANES, BLOCK_N, BLOCK_T)), LANES)
@@ -68,10 +74,11 @@ def stream(
         # The number of rounds is the same for every part; what reaches past K is masked, so even splits need no mask.
         num_blocks: tl.constexpr = (K + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K)
         is_even: tl.constexpr = num_blocks * BLOCK_K * SPLIT_K == K
-        begin = part * num_blocks * BLOCK_K
+        stride: tl.constexpr = BLOCK_K * SPLIT_K
+        begin = part * BLOCK_K
         if PDL:
-            prefetch(weight, weight_rows, begin, K, (NUM_STAGES if num_blocks > NUM_STAGES else num_blocks) * BLOCK_K)
-        wait(PDL)
+            prefetch(weight, weight_rows, begin, K, BLOCK_K, stride, NUM_STAGES if num_blocks > NUM_STAGES else num_blocks)
+        wait(PDL, LATE)
         acc = zeros(LANES, BLOCK_N, BLOCK_T)
         squares = tl.zeros([LANES, BLOCK_T] if LANES > 1 else [BLOCK_T], dtype=tl.float32)
         if EXTRA_T > 0:
@@ -80,7 +87,7 @@ def stream(
         if HAS_NORM:
             next_gains = load_gains(norm_weight, begin + columns, K)
         for block in tl.range(num_blocks):
-            start = begin + block * BLOCK_K
+            start = begin + block * stride
             if is_even:
                 codes = tl.load(weights + start)
             else:
@@ -91,7 +98,7 @@ def stream(
             if HAS_NORM:
                 # Too narrow for the asynchronous copies of the pipeline, so it is carried: loaded one round ahead of its use.
                 gains = next_gains
-                next_gains = load_gains(norm_weight, start + BLOCK_K + columns, K)
+                next_gains = load_gains(norm_weight, start + stride + columns, K)
                 squares += sum_of_squares(rows)
                 rows = scale_columns(rows, gains)
                 if EXTRA_T > 0:
@@ -124,21 +131,29 @@ def add_lanes(sums, LANES: tl.constexpr):
 
 
 @triton.jit
-def wait(PDL: tl.constexpr):
-    """Everything launched before is complete from here on; the next kernel may take the multiprocessors that are free."""
+def wait(PDL: tl.constexpr, LATE: tl.constexpr = False):  # pyright: ignore[reportArgumentType]: Triton makes it a constexpr
+    """Everything launched before is complete from here on; unless LATE, the next kernel may take the multiprocessors that are free."""
     if PDL:
         cuda.gdc_wait()
+        if not LATE:
+            cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def release(PDL: tl.constexpr, LATE: tl.constexpr):
+    """The next kernel may start, if it could not before."""
+    if PDL and LATE:
         cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def prefetch(weight, weight_rows, begin, K: tl.constexpr, WIDTH: tl.constexpr):
-    """Ask the L2 cache for the first `WIDTH` columns of the weight rows: what the pipeline loads first, while the previous kernel ends."""
-    elements_per_line: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # lines of 128 bytes
-    lines: tl.constexpr = triton.next_power_of_2((WIDTH + elements_per_line - 1) // elements_per_line)
-    columns = tl.minimum(begin + tl.arange(0, lines) * elements_per_line, K - 1)
-    addresses = (weight + weight_rows.to(tl.int64)[:, None] * K + columns[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1)
+def prefetch(weight, weight_rows, begin, K: tl.constexpr, BLOCK_K: tl.constexpr, STRIDE: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """Ask the L2 cache for the first blocks of the weight rows: what the pipeline loads first, while the previous kernel ends."""
+    elements: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # of a line of 128 bytes
+    per_block: tl.constexpr = (BLOCK_K + elements - 1) // elements
+    line = tl.arange(0, triton.next_power_of_2(NUM_BLOCKS * per_block))
+    columns = tl.minimum(begin + line // per_block * STRIDE + line % per_block * elements, K - 1)
+    ask((weight + weight_rows.to(tl.int64)[:, None] * K + columns[None, :]).to(tl.int64))
 
 
 @triton.jit
