@@ -49,8 +49,8 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	@echo "installing what tests and training need" >&2
-	$(PIP_INSTALL) --editable '.[train,dev]'
+	@echo "installing what tests, training and evaluation need" >&2
+	$(PIP_INSTALL) --editable '.[train,eval,dev]'
 	@touch $@
 
 # Phony in effect: `models pull` knows best whether a model is there and current, and is quick if it is.

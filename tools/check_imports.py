@@ -1,6 +1,6 @@
 """Check that the modules of `refusion` import only downward; prints each offence as FILE:LINE and exits with 1.
 
-Imports inside functions and under TYPE_CHECKING count too. The order is the one of DESIGN and CONTRIBUTING.
+Imports inside functions and under TYPE_CHECKING count too. The order is the one of CONTRIBUTING.
 """
 
 from __future__ import annotations

@@ -58,6 +58,12 @@ def atomic_file(target: Path) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
+def make_directory(path: Path) -> None:
+    """Create `path` and its parents where they are missing. Raises CheckpointError in one line if the place cannot be written."""
+    with _saving(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def _use_default_mode(path: Path) -> None:
     """safetensors writes files that only their owner may read; ours are like any other file of the user."""
     if path.is_file():

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refusion.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from safetensors import safe_open
     from torch import Tensor
 
 WEIGHTS = "model.safetensors"
@@ -31,15 +33,22 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file. Raises CheckpointError if it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+@contextmanager
+def open_tensors(file: Path) -> Iterator[safe_open]:
+    """One safetensors file, of which tensors can be read by name. Raises CheckpointError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(file)
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; fetch it again") from error
+        raise CheckpointError(f"{file} cannot be read: {error}; it is damaged or truncated, fetch it again") from error
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file. Raises CheckpointError if it is damaged."""
+    with open_tensors(file) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  (it is no mapping)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,21 @@ from refusion.cli import main as cli
 from refusion.errors import ConfigError
 
 Run = Callable[..., tuple[int, str, str]]
+
+TOY_RECIPE = """
+[model]
+base = "toy"
+[data]
+sources = [{ toy = 20 }]
+pack_length = 128
+rows_per_step = 2
+[optimizer]
+learning_rate = 1e-3
+[run]
+output = "unused"
+max_steps = 3
+tensorboard = false
+"""
 
 
 @pytest.fixture
@@ -52,11 +70,28 @@ def test_help_imports_nothing_heavy_and_is_instant() -> None:
     assert time.monotonic() - started < 5  # measured well under a second; a loaded machine gets some room
 
 
-@pytest.mark.parametrize("arguments", [["modls"], ["--nonsense"], ["models", "pull"], ["models", "pull", "a", "b"], ["convert", "--x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["modls"],
+        ["--nonsense"],
+        ["models", "pull"],
+        ["models", "pull", "a", "b"],
+        ["convert", "--x"],
+        ["generate", "--decoder", "fast", "hi"],
+    ],
+)
 def test_usage_errors_exit_with_2(run: Run, arguments: list[str]) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
-    assert "Error: " in err
+    assert err.startswith("refusion: error: ")
+    assert err.count("\n") == 1
+
+
+def test_no_arguments_at_all_show_the_help(run: Run) -> None:
+    code, _, err = run()
+    assert code == 2
+    assert "Usage: refusion" in err
 
 
 def test_an_unknown_model_is_one_line_and_exits_with_1(run: Run) -> None:
@@ -120,6 +155,46 @@ def test_convert_prints_the_new_directory(run: Run, tiny_model_dir: Path, tmp_pa
     code, _, err = run("convert", str(tiny_model_dir), str(tmp_path / "out"))
     assert code == 1
     assert "exists already" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["nope.toml"], 2, "no recipe at nope.toml; see recipes/ for examples"),
+        (["RECIPE", "--set", "learnig_rate=1"], 2, "unknown setting learnig_rate; did you mean optimizer.learning_rate?"),
+        (["RECIPE", "--output", "OUT", "--resume"], 1, "OUT holds no checkpoint to resume from; leave --resume out to start a new run"),
+        (["RECIPE", "--output", "RECIPE/run"], 1, "cannot write RECIPE/run: Not a directory; free some space or choose another place"),
+    ],
+)
+def test_train_refuses_in_one_line(run: Run, tmp_path: Path, arguments: list[str], code: int, line: str) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(TOY_RECIPE)
+    names = {"RECIPE": str(recipe), "OUT": str(tmp_path / "out")}
+
+    def filled(text: str) -> str:
+        return functools.reduce(lambda text, name: text.replace(name, names[name]), names, text)
+
+    assert run("train", *map(filled, arguments)) == (code, "", f"refusion: error: {filled(line)}\n")
+
+
+def test_ctrl_c_in_train_leaves_a_checkpoint_and_says_how_to_go_on(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from refusion.training.trainer import RefusionTrainer
+
+    compute_loss = RefusionTrainer.compute_loss
+
+    def interrupted(self: RefusionTrainer, *arguments: Any, **options: Any) -> Any:
+        if self.state.global_step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return compute_loss(self, *arguments, **options)
+
+    recipe, output = tmp_path / "recipe.toml", tmp_path / "run"
+    recipe.write_text(TOY_RECIPE)
+    monkeypatch.setattr(RefusionTrainer, "compute_loss", interrupted)
+    code, out, err = run("train", str(recipe), "--output", str(output))
+    assert (code, out) == (130, "")
+    assert f"saved in {output}/checkpoint-2; the same command with --resume goes on from there\n" in err
+    monkeypatch.undo()
+    assert run("train", str(recipe), "--output", str(output), "--resume")[:2] == (0, f"{output}/final\n")
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))

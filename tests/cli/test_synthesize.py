@@ -58,22 +58,25 @@ def test_given_queries_are_answered_without_the_excluded_ones(synthesize: Run, t
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "exit_code", "reason"),
     [
-        ([], "--num-pairs is needed"),
-        (["--num-pairs", 2, "--top-p", 0], "top_p is 0"),
-        (["--num-pairs", 2, "--dtype", "int8"], "dtype is int8"),
-        (["--queries", "absent.jsonl"], "cannot read absent.jsonl"),
-        (["--num-pairs", 2, "--device", "cuda"], "CUDA"),
+        ([], 2, "--num-pairs is needed"),
+        (["--num-pairs", 2, "--top-p", 0], 2, "--top-p is 0"),
+        (["--num-pairs", 2, "--answer-temperature", -1], 2, "--answer-temperature"),
+        (["--num-pairs", 2, "--dtype", "int8"], 2, "'int8' is not one of 'float32', 'bfloat16'"),
+        (["--queries", "absent.jsonl"], 1, "cannot read absent.jsonl"),
+        (["--num-pairs", 2, "--device", "gpu"], 1, "device is 'gpu'"),
+        (["--num-pairs", 2, "--device", "cuda"], 1, "CUDA"),
+        (["--num-pairs", 2, "--output", "/dev/null/pairs"], 1, "cannot write /dev/null/pairs"),
     ],
 )
-def test_bad_options_are_one_line(synthesize: Run, tmp_path: Path, options: list[object], reason: str) -> None:
+def test_bad_options_are_one_line(synthesize: Run, tmp_path: Path, options: list[object], exit_code: int, reason: str) -> None:
     import torch
 
     if "cuda" in options and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     code, out, err = synthesize("--output", tmp_path / "out", *options)
-    assert (code, out) == (1, "")
+    assert (code, out) == (exit_code, "")
     assert reason in err
     assert err.count("\n") == 1
 

@@ -198,7 +198,7 @@ class Server:
         """What the host reckons, exactly: a fresh seat has nothing but its plan."""
         if self.last is None:
             self.last = np.zeros_like(self.rounds.report.numpy())
-        needed = self.rounds.num_rows(self.last, candidates)
+        self.needed = needed = self.rounds.num_rows(self.last, candidates)
         total = 0
         for seat, request in enumerate(self.seats):
             if request is None:
@@ -236,6 +236,7 @@ class Server:
                 continue
             report = self.rounds.read(self.last[seat])
             assert report.num_rows == laid_out[seat]
+            assert laid_out[seat] == self.needed[seat] if request.reports else laid_out[seat] <= self.rounds.fresh_rows
             request.reports.append(report)
             for news in report.committed:
                 request.answer |= {news.offset + place: token for place, token in enumerate(news.token_ids)}

@@ -1,4 +1,4 @@
-"""DESIGN 4 word by word: the plain two-pass algorithm for one request, slow, in Python lists.
+"""The plain two-pass algorithm word by word for one request, slow, in Python lists.
 
 It shares no code with the decoder but the readout of a row.
 """

@@ -1,4 +1,4 @@
-"""The decoder against traces of the authors' release (DESIGN 4, tests/golden/README.md)."""
+"""The decoder against traces of the authors' release (tests/golden/README.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoder against networks without weights: an independent reference of DESIGN 4, and answers written by hand."""
+"""The decoder against networks without weights: an independent reference of the algorithm, and answers written by hand."""
 
 from __future__ import annotations
 

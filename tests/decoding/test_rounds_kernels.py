@@ -189,3 +189,44 @@ def test_rows_beyond_the_bucket_are_left_out_and_reported() -> None:
         assert (side.spans.row_start.tolist(), side.spans.row_end.tolist()) == ([2, 10, 14], [10, 14, 14])
         rounds.settle(random_readout(12, np.random.default_rng(0), 0.5, 0.1), side.spans, num_seats=3, candidates=3)
         assert rounds.report[:, OVERFLOW].tolist() == [0, 4, 8]
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs CUDA graphs")
+@pytest.mark.parametrize("use_kernels", [False, True])
+@pytest.mark.parametrize("is_autoregressive", [False, True])
+def test_a_captured_graph_does_what_the_calls_do(use_kernels: bool, is_autoregressive: bool) -> None:
+    num_seats, num_rows = 3, 120
+    slots = SlotSettings(slot_size=4, block_size=8)
+
+    def side() -> Side:
+        rounds: Any = (
+            AutoregressiveRounds(num_seats, eos_ids=EOS_IDS, device=DEVICE, use_kernels=use_kernels, max_rows=500)
+            if is_autoregressive
+            else RefusionRounds(slots, 2, 8, num_seats, mask_id=MASK, eos_ids=EOS_IDS, device=DEVICE, use_kernels=use_kernels)
+        )
+        return Side(rounds, num_seats)
+
+    called, replayed = side(), side()
+    rng = np.random.default_rng(1)
+    readout = random_readout(num_rows, rng, 0.6, 0.02)
+
+    def forward(one: Side) -> None:
+        one.rounds.lay_out(one.rows, one.spans, start=0, num_seats=num_seats, candidates=3, tiles=one.tiles, tile_start=0)
+        one.rounds.settle(readout, one.spans, num_seats=num_seats, candidates=3)
+
+    for one in (called, replayed):
+        one.lay_out(num_rows, 0, num_seats, 3)  # makes the buffers
+        forward(one)  # loads the kernels
+        for seat in range(num_seats):
+            one.rounds.admit(seat, prompt_length=3, seed=seat, max_tokens=30, last_token=2)
+            one.spans.cached[seat] = 3
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        forward(replayed)
+    for _ in range(8):
+        new = random_readout(num_rows, rng, 0.6, 0.02)
+        for name in ("token_ids", "confidence", "given_probability", "given_is_argmax"):
+            getattr(readout, name).copy_(getattr(new, name))
+        forward(called)
+        graph.replay()
+        check_equal(called, replayed)

@@ -1,4 +1,4 @@
-"""An eager `transformers` model as a second network behind the same decoder (DESIGN 5, decision 3)."""
+"""An eager `transformers` model as a second network behind the same decoder."""
 
 from __future__ import annotations
 

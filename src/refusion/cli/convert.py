@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from refusion.cli.usage import refused_settings
+
+
+class DtypeName(StrEnum):
+    """What weights can be written in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 def command(
@@ -13,7 +24,7 @@ def command(
     target: Annotated[Path, typer.Argument(help="New directory to write.")],
     mask_token: Annotated[str, typer.Option(help="`auto`, or the text of the token to use.")] = "auto",
     adapter: Annotated[Path | None, typer.Option(help="Directory of a PEFT LoRA adapter to merge.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as it is.")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="What the weights are written in; by default as they are.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Give a checkpoint a mask token and, if asked, merge an adapter; writes the plain hub layout with a model card.
@@ -29,7 +40,9 @@ def command(
     from refusion import hub
     from refusion.convert import convert
 
-    mask = convert(hub.resolve(source), target, mask_token=mask_token, adapter=adapter, dtype=dtype)
+    path = hub.resolve(source)
+    with refused_settings():
+        mask = convert(path, target, mask_token=mask_token, adapter=adapter, dtype=dtype.value if dtype else None)
     if as_json:
         typer.echo(json.dumps({"path": str(target), "mask_token": asdict(mask)}))
     else:

@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from refusion import __version__
+from refusion.cli import usage
 from refusion.errors import RefusionError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -24,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("refusion.cli.convert:command", "Give a Qwen3 or Llama checkpoint a mask token, merge an adapter."),
     "synthesize": ("refusion.cli.synthesize:command", "Let the base model write training data."),
     "train": ("refusion.cli.train:command", "Train a ReFusion model from a recipe."),
+    "eval": ("refusion.cli.eval:command", "Run the paper's benchmarks."),
 }
 """Verb -> (module:attribute, line in the list). The attribute is a function with Typer annotations, or a Typer app of its own."""
 
@@ -38,14 +40,16 @@ _EXTRAS = {
 }
 """Package -> the extra of this project that brings it."""
 
-_FAILED_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+_FAILED_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR}
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        build_app(arguments)(arguments, prog_name="refusion")
+        code = build_app(arguments)(arguments, prog_name="refusion", standalone_mode=False)
+    except usage.UsageError as error:
+        usage.fail(error)
     except RefusionError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
@@ -56,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if error.errno not in _FAILED_WRITES:
             raise
         _fail(f"cannot write {error.filename or 'the output'}: {error.strerror}")
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)  # what a command returns is None, what it raised as `typer.Exit` a number
 
 
 def build_app(arguments: Sequence[str]) -> typer.Typer:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from refusion.cli import options
+
 
 def command(
     output: Annotated[Path, typer.Option(help="Directory of the shards; an unfinished one is continued.")],
@@ -14,17 +16,17 @@ def command(
     num_pairs: Annotated[int | None, typer.Option(min=1, help="Pairs to keep; with --queries all of them by default.")] = None,
     queries: Annotated[Path | None, typer.Option(help="JSONL file (.gz too) whose queries are answered instead of own ones.")] = None,
     exclude: Annotated[list[Path] | None, typer.Option(help="JSONL file whose queries are never written; may be repeated.")] = None,
-    query_temperature: Annotated[float, typer.Option(help="Temperature of the user turns.")] = 0.9,
-    answer_temperature: Annotated[float, typer.Option(help="Temperature of the answers; 0 is greedy.")] = 0.0,
+    query_temperature: Annotated[float, typer.Option(min=0, help="Temperature of the user turns.")] = 0.9,
+    answer_temperature: Annotated[float, typer.Option(min=0, help="Temperature of the answers; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus the tokens are drawn from.")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="Most probable tokens the nucleus is taken from.")] = 64,
-    max_length: Annotated[int, typer.Option(help="Tokens of template, query and answer together.")] = 512,
-    max_query_tokens: Annotated[int, typer.Option(help="Tokens of a self-written user turn.")] = 80,
+    top_k: Annotated[int, typer.Option(min=1, help="Most probable tokens the nucleus is taken from.")] = 64,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of template, query and answer together.")] = 512,
+    max_query_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a self-written user turn.")] = 80,
     batch_size: Annotated[
-        int | None, typer.Option(help="Sequences sampled together: by default 4096 on cuda, if they fit, else 32.")
+        int | None, typer.Option(min=1, help="Sequences sampled together: by default 4096 on cuda, if they fit, else 32.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; by default bfloat16 on cuda.")] = None,
+    dtype: Annotated[options.DtypeName | None, typer.Option(help="What the network computes in; by default bfloat16 on cuda.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed writes the same rows.")] = 0,
 ) -> None:
     """Write {"query", "response"} pairs with the base model.
@@ -36,7 +38,10 @@ def command(
     """
     import time
 
+    import torch
+
     from refusion import hub
+    from refusion.atomic import make_directory
     from refusion.errors import ConfigError
     from refusion.model.config import ModelConfig
     from refusion.synthesis.jsonl import read_queries
@@ -48,13 +53,16 @@ def command(
         query_temperature=query_temperature, answer_temperature=answer_temperature, top_p=top_p, top_k=top_k, max_length=max_length,
         max_query_tokens=max_query_tokens, seed=seed,
     )  # fmt: skip
-    if queries is None and num_pairs is None:
-        raise ConfigError("--num-pairs is needed unless --queries are given")
+    with options.usage_errors():
+        settings.answer_sampling()  # top_p is all that is left to check
+        if queries is None and num_pairs is None:
+            raise ConfigError("--num-pairs is needed unless --queries are given")
+    make_directory(output)
     asked = None if queries is None else read_queries(queries)
     held_out = [query for path in exclude or [] for query in read_queries(path)]
     path = hub.resolve(model)
     ModelConfig.from_pretrained(path)  # refuses what is no checkpoint of ours, in one line
-    sampler = Sampler(path, device=device, dtype=to_dtype(dtype))
+    sampler = Sampler(path, device=device, dtype=getattr(torch, dtype.value) if dtype else None)
     started = time.monotonic()
 
     def report(progress: Progress) -> None:
@@ -77,16 +85,3 @@ def command(
     for reason, count in sorted(progress.dropped.items(), key=lambda item: -item[1]):
         typer.echo(f"dropped {count}: {reason}", err=True)
     typer.echo(f"{progress.num_pairs} pairs in {output}")
-
-
-def to_dtype(name: str | None):
-    """The torch dtype of that name, None for None. Raises ConfigError."""
-    import torch
-
-    from refusion.errors import ConfigError
-
-    if name is None:
-        return None
-    if name not in ("float32", "bfloat16"):
-        raise ConfigError(f"dtype is {name}; it must be float32 or bfloat16")
-    return getattr(torch, name)

@@ -42,7 +42,7 @@ class Verdict:
 
 
 def verify_prefix(passes: Tensor, is_chosen: Tensor, is_eos: Tensor) -> Verdict:
-    """Judge the concatenation of the chosen slots by its longest all-passing prefix of n tokens (DESIGN 4, step 2).
+    """Judge the concatenation of the chosen slots by its longest all-passing prefix of n tokens (arXiv 2512.13586, section 4).
 
     passes, is_eos [B, W, K]; is_chosen [B, W]. With an EOS in the prefix everything through the first one is committed; otherwise
     the first floor(n / K) chosen slots; otherwise nothing and the chosen slots are infilled.
@@ -78,7 +78,7 @@ class InfillVerdict:
 
 
 def infill_prefix(passes: Tensor, is_chosen: Tensor, is_eos: Tensor) -> InfillVerdict:
-    """Judge every chosen slot by its own longest passing prefix (DESIGN 4, step 2c)."""
+    """Judge every chosen slot by its own longest passing prefix (arXiv 2512.13586, section 4)."""
     in_prefix = passes.long().cumprod(dim=2).bool() & is_chosen[:, :, None]
     eos_in_prefix = in_prefix & is_eos
     slot_has_eos = eos_in_prefix.any(dim=2)

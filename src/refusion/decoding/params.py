@@ -11,7 +11,7 @@ from refusion.errors import ConfigError
 MAX_SLOT_SIZE = 256
 """Longer slots gain nothing and cost memory by their square."""
 FREE_ROWS = 192
-"""Mask rows a slot's infill groups may take: up to about 200 rows, a GPU forward at batch 1 costs the same (DESIGN 1)."""
+"""Mask rows a slot's infill groups may take: up to about 200 rows, a GPU forward at batch 1 costs the same (weights dominate)."""
 
 Acceptance = Literal["paper", "argmax"]
 Correction = Literal["paper", "autoregressive"]

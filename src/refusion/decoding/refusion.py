@@ -1,4 +1,4 @@
-"""Plan-and-infill decoding of a batch of requests, each in its own phase (ReFusion, arXiv 2512.13586, section 4; DESIGN 4).
+"""Plan-and-infill decoding of a batch of requests, each in its own phase (ReFusion, arXiv 2512.13586, section 4).
 
 One `step` is one forward for every request that is not done. Two-pass decoding is the same code with `fuse_plan=False` and
 `max_candidates=0`; the fused default gives the same tokens in fewer forwards.

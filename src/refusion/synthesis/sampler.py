@@ -90,7 +90,10 @@ class Sampler:
     """The weights of one Llama- or Qwen3-type checkpoint and the loop that samples from them."""
 
     def __init__(self, path: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError:
+            raise ConfigError(f"device is {device!r}; it must be cpu or cuda") from None
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError("no CUDA device is available to this torch; use the device cpu")
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from refusion.decoding.kernels.agenda import rows_needed
 from refusion.decoding.kernels.constants import AGENDA_VERIFIED, DONE, INFILL, NO_PARENT, REMASK, TRUNK, VERIFY
 from refusion.decoding.kernels.row_buffers import cut_tiles, own_rows, pad_rows, pad_tiles
 from refusion.model.kernels.launch import launch
@@ -247,29 +248,3 @@ def _lay_out(
                     row += K - length
                     candidate += 1
                 nth += 1
-
-
-@triton.jit
-def rows_needed(agendas, line_stride, seats, is_seat, W: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
-    """[B] as `refusion.decoding.refusion_report.rows_needed` reckons them on the host."""
-    agenda = agendas + seats.to(tl.int64) * line_stride
-    phase = tl.load(agenda, mask=is_seat, other=DONE).to(tl.int32)
-    num_chosen = tl.zeros_like(phase)
-    groups = tl.zeros_like(phase)
-    plan = tl.zeros_like(phase)
-    for slot in range(W):
-        verified = tl.load(agenda + AGENDA_VERIFIED + slot, mask=is_seat, other=-1).to(tl.int32)
-        left = tl.where(verified >= 0, K - verified, 0)
-        num_chosen += (verified >= 0).to(tl.int32)
-        groups += group_rows(left, tl.minimum(C, left))
-        plan += tl.load(agenda + AGENDA_VERIFIED + W + slot, mask=is_seat, other=0).to(tl.int32) * K
-    solo = tl.where(phase == VERIFY, tl.maximum(num_chosen - 1, 0) * C, 0)
-    judged = tl.where((phase == VERIFY) | (phase == INFILL), num_chosen * K + solo + groups, 0)
-    remasked = tl.where(phase == REMASK, num_chosen * K, 0)
-    return tl.where(phase == DONE, 0, plan) + judged + remasked
-
-
-@triton.jit
-def group_rows(left, num_candidates):
-    """Masks of the candidates 1, 2, ... `num_candidates` of a slot with `left` tokens to go: left - 1, left - 2, ..."""
-    return num_candidates * left - num_candidates * (num_candidates + 1) // 2

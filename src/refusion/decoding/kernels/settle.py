@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from refusion.decoding.forward import Readout
+from refusion.decoding.kernels.agenda import close_behind, group_rows, write_agenda
 from refusion.decoding.kernels.constants import (
     AGENDA_VERIFIED,
     CHOSEN,
@@ -27,7 +28,6 @@ from refusion.decoding.kernels.constants import (
     REMASK,
     VERIFY,
 )
-from refusion.decoding.kernels.layout import group_rows
 from refusion.decoding.kernels.verdicts import judge_chain, judge_slots
 from refusion.model.kernels.launch import launch
 from refusion.model.kernels.stream import wait
@@ -297,33 +297,3 @@ def _settle(
     tl.store(by_slot + 3 * W, scores.to(tl.int32, bitcast=True), mask=is_slot)
     tl.store(out + REPORT_DRAFTS + cell, drafts, mask=is_cell)
     tl.store(out + REPORT_DRAFTS + W * K + cell, tl.load(token_ids + plan_cell, mask=is_cell, other=0), mask=is_cell)
-
-
-@triton.jit
-def close_behind(status, last, W: tl.constexpr, S: tl.constexpr, S_PADDED: tl.constexpr):
-    """Close open and chosen slots behind slot `last`. Returns whether any such slot is left, and the first slot of its block."""
-    slot = tl.arange(0, S_PADDED)
-    now = tl.load(status + slot, mask=slot < S, other=CLOSED).to(tl.int32)
-    is_unfinished = (now == OPEN) | (now == CHOSEN)
-    tl.store(status + slot, CLOSED, mask=is_unfinished & (slot > last))
-    first = tl.min(tl.where(is_unfinished & (slot <= last), slot, S), 0)
-    return first < S, tl.where(first < S, first // W * W, 0)
-
-
-@triton.jit
-def write_agenda(agenda, status, lengths, phase, window, slot, is_slot, W: tl.constexpr, S: tl.constexpr, FUSES_PLAN: tl.constexpr):
-    """What the next forward is: its phase, the block's slots being verified, and the slots to plan: this block's, else the next one's."""
-    now = tl.load(status + window + slot, mask=is_slot, other=CLOSED)
-    verified = tl.where(now == CHOSEN, tl.load(lengths + window + slot, mask=is_slot, other=0), -1)
-    block_goes_on = tl.sum((now == OPEN).to(tl.int32), 0) > 0
-    following = window + W + slot
-    later = tl.load(status + following, mask=is_slot & (following < S), other=CLOSED)
-    plans = phase == PLAN
-    if FUSES_PLAN:
-        plans |= (phase == VERIFY) | (phase == INFILL)
-    is_planned = tl.where(block_goes_on, now == OPEN, later == OPEN) & plans
-    tl.store(agenda, phase)
-    tl.store(agenda + 1, window)
-    tl.store(agenda + 2, tl.where(block_goes_on, window, tl.minimum(window + W, S - 1)))
-    tl.store(agenda + AGENDA_VERIFIED + slot, verified, mask=is_slot)
-    tl.store(agenda + AGENDA_VERIFIED + W + slot, is_planned.to(tl.int32), mask=is_slot)
