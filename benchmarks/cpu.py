@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,14 +19,13 @@ import harness
 import torch
 
 from refusion import LLM, SamplingParams
+from refusion.engine.costs import NUM_CACHED, measure
 from refusion.evaluation.results import Figure, Run, to_plain
 from refusion.evaluation.statistics import Interval
 from refusion.llm import RequestOutput
-from refusion.model.segments import Segments
 from refusion.synthesis.predictable import HELD_OUT_SEED, make
 
 WIDTHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
-NUM_CACHED = 256
 
 
 @dataclass(slots=True)
@@ -63,7 +61,13 @@ def main() -> None:
     take_turns(contenders, prompts_of(data, args.limit or args.num_prompts), setting, args.max_tokens)
 
     runs = [Run(label=c.name, settings={"decoder": c.decoder, "model": c.llm.path.name}, figures=figures(c)) for c in contenders]
-    runs.append(Run(label="forward", settings={"cached_tokens": NUM_CACHED}, figures=forward_times(llm, args.repeats)))
+    runs.append(
+        Run(
+            label="forward",
+            settings={"cached_tokens": NUM_CACHED, "statistic": "median, monotone"},
+            figures=forward_times(llm, args.repeats),
+        )
+    )
     for run in runs:
         print(json.dumps({"label": run.label} | to_plain(run.figures)), flush=True)
     slots = asdict(setting.slots.resolve(llm.recommended))
@@ -104,30 +108,10 @@ def figures(contender: Contender) -> dict[str, Figure]:
     return found
 
 
-@torch.inference_mode()
 def forward_times(llm: LLM, repeats: int) -> dict[str, Figure]:
-    """Median milliseconds of one forward, head included, by number of new tokens."""
-    model = llm.model
-    found: dict[str, Figure] = {}
-    token_ids = torch.arange(NUM_CACHED + max(WIDTHS), device=model.device)[None] % llm.config.vocab_size
-    for width in WIDTHS:
-        cache = model.new_cache(1, NUM_CACHED + width)
-        places = torch.arange(NUM_CACHED, device=model.device)[None]
-        everything = torch.ones_like(places, dtype=torch.bool)
-        model(token_ids[:, :NUM_CACHED], places, Segments.causal(everything), cache)
-        cache.keep(places, everything)
-        new = torch.arange(width, device=model.device)[None]
-        seconds = []
-        for _ in range(repeats + 2):
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            model.lm_head(
-                model(token_ids[:, NUM_CACHED : NUM_CACHED + width], new + NUM_CACHED, Segments.causal(torch.ones_like(new).bool()), cache)
-            ).argmax(-1).tolist()
-            seconds.append(time.perf_counter() - started)
-        found[f"forward_ms_{width}"] = 1000 * statistics.median(seconds[2:])
-    return found
+    """Milliseconds of one forward of the engine's network, readout included, by number of new tokens."""
+    costs = measure(llm.engine.runner.network, WIDTHS, repeats)
+    return {f"forward_ms_{width}": 1000 * seconds for width, seconds in zip(costs.widths, costs.seconds, strict=True)}
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from refusion.engine.build import flat_network
 from refusion.engine.network import FlatNetwork, KeyValues
 from refusion.engine.ops import TritonOps
 from refusion.engine.settings import EngineSettings
+from refusion.engine.shapes import LONE_TILE_ROWS, TILE_ROWS
 from refusion.evaluation.results import Figure, Result, Run, to_plain, write_result
 from refusion.evaluation.statistics import Interval
 from refusion.model.cache import KVCache
@@ -45,8 +46,7 @@ from refusion.model.transformer import Transformer
 
 # T = new tokens of the forward, C = cached tokens
 
-PAGE_SIZE = EngineSettings().page_size
-TILE_ROWS = 16
+PAGE_SIZE = EngineSettings().page_tokens("cuda")
 PROFILED = (1, 32, 192)
 Forward = Callable[[], object]
 
@@ -262,7 +262,7 @@ def static_forward(bench: Bench, width: int) -> Forward:
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     pages = torch.arange(-(-bench.cached // PAGE_SIZE), dtype=torch.int32, device=device)[None]
     spans = Spans(zero + bench.cached, zero, zero, zero, zero + width, pages, PAGE_SIZE)
-    block = TILE_ROWS if width > 1 else 4
+    block = TILE_ROWS if width > 1 else LONE_TILE_ROWS
     tiles = plain_tiles(spans, block, -(-width // block))
     pool, new = bench.random_cache(pages.numel() * PAGE_SIZE), KeyValues.empty(bench.config, width, device, bench.model.dtype)
     bias = torch.zeros(bench.config.vocab_size, device=device)

@@ -5,8 +5,9 @@
 
 Closed loop: as many requests as the concurrency says run at any time, the next one starts when one ends. Latency counts from the moment a
 request starts to run. At concurrency 1 the decoders take turns request by request, so that a slow minute hits all of them. Before it is
-timed, every decoder serves some requests that do not count: what has to be compiled, captured or measured is by then. Prefixes are not
-cached, so nobody finds a prompt that another decoder has prefilled.
+timed, every decoder is warmed up and serves some requests that do not count: what has to be compiled, captured or measured is by then.
+`num_first_runs` says how many timed forwards nevertheless were of a shape that was not ready; on a GPU it should be 0, or the speed is too
+low. Prefixes are not cached, so nobody finds a prompt that another decoder has prefilled.
 
 Host share: 1 - (time between the CUDA events around the device work of every forward) / (wall clock of the same run).
 """
@@ -46,6 +47,8 @@ class Load:
     seconds: float = 0.0
     device_ms: list[float] = field(default_factory=list)
     """Device time of every forward; empty where the engine has no events."""
+    num_first_runs: int = 0
+    """Forwards that had to be compiled or captured."""
 
     @property
     def num_tokens(self) -> int:
@@ -66,11 +69,20 @@ class Server:
 
     def serve(self, load: Load, decoder: str, prompts: Sequence[Any], concurrency: int) -> None:
         """Answer the prompts and add what it took to `load`."""
+        before = self.llm.engine.runner.num_first_runs
         with device_times(self.llm) as device_ms:
             started = time.perf_counter()
             load.outputs += self.llm.generate(list(prompts), self.sampling, self.slots, decoder, batch_size=concurrency)
+            self.llm.engine.runner.synchronize()  # a forward launched ahead of the last report is part of the price
             load.seconds += time.perf_counter() - started
         load.device_ms += device_ms
+        load.num_first_runs += self.llm.engine.runner.num_first_runs - before
+
+    def warm_up(self, decoders: Sequence[str], prompts: Sequence[list[int]], concurrency: int) -> None:
+        """Make every shape ready that these prompts can need."""
+        named = [decoder for decoder in ("refusion", "autoregressive") if decoder in decoders or "auto" in decoders]
+        longest = max(map(len, prompts))
+        self.llm.warm_up(named, batch_size=concurrency, sampling=self.sampling, slots=self.slots, prompt_tokens=longest)
 
 
 def main() -> None:
@@ -116,8 +128,10 @@ def cycled(prompts: Sequence[Any], count: int) -> list[Any]:
 def loads_at(server: Server, decoders: Sequence[str], prompts: Sequence[Any], concurrency: int, warm_up: int) -> dict[str, Load]:
     """Every decoder on the same prompts; alone in turns, else one after the other."""
     loads = {decoder: Load() for decoder in decoders}
+    server.warm_up(decoders, prompts, concurrency)
     for decoder in decoders:
         server.serve(Load(), decoder, cycled(prompts, warm_up), concurrency)
+    server.warm_up(decoders, prompts, concurrency)  # by now experience may have changed what is prepared
     if concurrency > 1:
         for decoder, load in loads.items():
             server.serve(load, decoder, prompts, concurrency)
@@ -166,6 +180,7 @@ def run_of(decoder: str, load: Load, concurrency: int) -> Run:
     if load.device_ms:
         figures["ms_per_forward"] = 1000 * load.seconds / len(load.device_ms)
         figures["device_ms_per_forward"] = sum(load.device_ms) / len(load.device_ms)
+        figures["num_first_runs"] = load.num_first_runs
         figures["host_share"] = 1 - sum(load.device_ms) / (1000 * load.seconds)
     elif concurrency == 1:
         figures["ms_per_forward"] = 1000 * load.seconds / sum(num_forwards)

@@ -4,7 +4,7 @@
     python benchmarks/tables.py --check
 
 A table stands between `<!-- table:KIND FILE FILE="a title" -->` and `<!-- /table -->`. FILE is a result file's name without `.json`;
-every run of it becomes a row (a column in side-by-side). Kinds: chat, tasks, families, cpu, forward, fusion, side-by-side.
+every run of it becomes a row (a column in side-by-side). Kinds: chat, tasks, families, cpu, forward, serving, fusion, side-by-side.
 """
 
 from __future__ import annotations
@@ -136,10 +136,21 @@ def cpu(sources: Sequence[Source]) -> list[str]:
 
 
 def forward(sources: Sequence[Source]) -> list[str]:
-    chosen = [line for line in lines_of(sources) if "forward_ms_1" in line.figures]
-    widths = [name.removeprefix("forward_ms_") for name in chosen[0].figures] if chosen else []
-    head = ["new tokens", *widths]
-    return rows(head, [["milliseconds", *(one(line.figures[f"forward_ms_{width}"]) for width in widths)] for line in chosen])
+    """Milliseconds of a forward by its new tokens; the widths of different files and models stand side by side."""
+    prefix = "forward_ms_"
+    chosen = [line for line in lines_of(sources) if any(name.startswith(prefix) for name in line.figures)]
+    widths = sorted({int(name.removeprefix(prefix)) for line in chosen for name in line.figures if name.startswith(prefix)})
+    body = [[line.title, *(two(line.figures.get(f"{prefix}{width}")) for width in widths)] for line in chosen]
+    return rows(["milliseconds, new tokens:", *map(str, widths)], body)
+
+
+def serving(sources: Sequence[Source]) -> list[str]:
+    head = ["", "tokens/s", "tokens per forward", "GPU ms per forward", "host share", "first token, ms", "p50 latency, s", "p99"]
+    names = ["tokens_per_second", "tokens_per_forward", "device_ms_per_forward", "host_share"]
+    names += ["first_token_ms_p50", "latency_seconds_p50", "latency_seconds_p99"]
+    forms = [whole, two, two, percent, one, two, two]
+    chosen = [line for line in lines_of(sources) if names[0] in line.figures]
+    return rows(head, [[line.title, *(form(line.figures.get(n)) for n, form in zip(names, forms, strict=True))] for line in chosen])
 
 
 def fusion(sources: Sequence[Source]) -> list[str]:
@@ -161,7 +172,8 @@ def side_by_side(sources: Sequence[Source]) -> list[str]:
 
 
 KINDS: dict[str, Callable[[Sequence[Source]], list[str]]] = {
-    "chat": chat, "tasks": tasks, "families": families, "cpu": cpu, "forward": forward, "fusion": fusion, "side-by-side": side_by_side,
+    "chat": chat, "tasks": tasks, "families": families, "cpu": cpu, "forward": forward, "serving": serving, "fusion": fusion,
+    "side-by-side": side_by_side,
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,14 @@ import pytest
 import torch
 
 from refusion import LLM, SamplingParams, SlotParams
+from refusion.engine.build import moved_network
+from refusion.engine.core import Engine
+from refusion.engine.costs import CostTable
+from refusion.engine.ops import PlainOps
 from refusion.errors import CheckpointError, ConfigError, RequestError
-from refusion.llm import Prompt, RequestOutput
+from refusion.llm import EngineSettings, GenerationFailed, GenerationInterrupted, Prompt, RequestOutput
+from refusion.model.quantize import QuantizedWeight, quantize
+from refusion.model.transformer import Transformer
 
 SLOTS = SlotParams(slot_size=4, block_size=8, slot_threshold=0.3, token_threshold=0.1)
 PROMPTS: list[Prompt] = ["a fox", [7, 8, 9], [{"role": "user", "content": "hello"}], "zebra", "a much longer prompt than the others", "é"]
@@ -91,6 +98,13 @@ def test_max_tokens_cuts_a_longer_answer(llm: LLM, decoder: str) -> None:
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
+def test_the_context_may_be_filled_to_the_last_token(llm: LLM, decoder: str) -> None:
+    # Slots reach beyond the last wanted token, and so beyond the context.
+    output = llm.generate([[7] * 250], SamplingParams(max_tokens=6), SLOTS, decoder)[0]
+    assert len(output.token_ids) == 6
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_a_stop_id_ends_the_answer_like_eos(llm: LLM, decoder: str) -> None:
     free = llm.generate(["a fox"], SamplingParams(max_tokens=20), SLOTS, decoder)[0].token_ids
     stop = free[7]
@@ -143,6 +157,54 @@ def test_statistics_count_tokens_through_eos_and_forwards(llm: LLM) -> None:
     assert autoregressive.stats.tokens_per_forward == 1.0
 
 
+def test_answers_are_handed_out_as_they_are_finished(llm: LLM) -> None:
+    found: dict[int, RequestOutput] = {}
+
+    def on_output(index: int, output: RequestOutput) -> None:
+        assert index not in found
+        found[index] = output
+
+    outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=12, temperature=1.0), SLOTS, on_output=on_output, batch_size=2)
+    assert [found[index] for index in range(len(PROMPTS))] == outputs
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_stream_is_the_text_in_pieces(llm: LLM, decoder: str) -> None:
+    sampling = SamplingParams(max_tokens=30, temperature=1.0, seed=4)
+    expected = llm.generate(["a fox"], sampling, SLOTS, decoder)[0].text
+    pieces = list(llm.stream("a fox", sampling, SLOTS, decoder))
+    assert "".join(pieces) == expected
+    assert len(pieces) > 2
+    assert all(pieces)
+
+
+def test_streams_side_by_side_do_not_disturb_each_other(llm: LLM) -> None:
+    sampling = SamplingParams(max_tokens=20, temperature=1.0, seed=4)
+    expected = [llm.generate([prompt], sampling, SLOTS)[0].text for prompt in ("a fox", "zebra")]
+    streams = [llm.stream(prompt, sampling, SLOTS) for prompt in ("a fox", "zebra")]
+    texts = ["", ""]
+    for pieces in zip_longest(*streams, fillvalue=""):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    assert texts == expected
+
+
+def test_closing_a_stream_aborts_its_request(llm: LLM) -> None:
+    stream = llm.stream("a fox", SamplingParams(max_tokens=200), SLOTS, "autoregressive")
+    next(stream)
+    assert llm.engine.scheduler.num_open == 1
+    stream.close()
+    assert llm.engine.scheduler.num_open == 0
+    assert llm.generate(["owl"], SamplingParams(max_tokens=4), SLOTS)[0].token_ids
+
+
+def test_auto_decodes_like_one_of_the_two(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refusion.engine.build.measured_costs", lambda _: CostTable((1, 100), (1.0, 1.0)))
+    sampling = SamplingParams(max_tokens=8)
+    by_kind = {kind: llm.generate(["a fox"], sampling, SLOTS, kind)[0].token_ids for kind in DECODERS}
+    output = llm.generate(["a fox"], sampling, SLOTS, "auto")[0]
+    assert output.token_ids == by_kind[output.decoder]
+
+
 def test_prompts_are_text_ids_or_messages(llm: LLM) -> None:
     assert llm.tokenizer is not None
     messages = [{"role": "user", "content": "hello"}]
@@ -150,6 +212,24 @@ def test_prompts_are_text_ids_or_messages(llm: LLM) -> None:
     assert outputs[0].prompt_ids == outputs[1].prompt_ids
     assert outputs[0].token_ids == outputs[1].token_ids
     assert list(outputs[2].prompt_ids) == llm.tokenizer.encode_chat(messages)
+
+
+def test_a_cpu_has_nothing_to_warm_up(llm: LLM) -> None:
+    assert llm.warm_up(("refusion", "autoregressive", "auto"), batch_size=2, sampling=SamplingParams(max_tokens=8), slots=SLOTS) == 0
+
+
+def test_a_quantised_model_answers_through_its_engine_alone(llm: LLM) -> None:
+    class EightBits(PlainOps):
+        def prepare(self, weight: torch.Tensor) -> QuantizedWeight:  # type: ignore[override]
+            return quantize(weight, "int8")
+
+    model = Transformer.from_pretrained(llm.path)
+    network = moved_network(model, EightBits(model.config, model.dtype), torch.device("cpu"))
+    quantised = LLM(llm.path, model, llm.tokenizer, network=network)
+    outputs = quantised.generate(["a fox"], SamplingParams(max_tokens=8), SLOTS)
+    assert outputs[0].stats.num_tokens >= 1
+    with pytest.raises(RequestError, match="without quantization"):
+        quantised.forward_fn()
 
 
 def test_no_prompts_no_answers(llm: LLM) -> None:
@@ -211,13 +291,14 @@ def test_a_checkpoint_in_the_published_layout_opens_without_its_code(tmp_path: P
         ([], "prompt 1 is empty"),
         ([3, 264], r"prompt 1 has token id 264; ids of this model are 0 \.\. 263"),
         ([-1], "prompt 1 has token id -1"),
+        ("x" * 256, r"prompt 1 has 256 tokens, with room for an answer more than the context of 256; shorten the prompt"),
         ("x" * 250, r"prompt 1 has 250 tokens and max_tokens is 8, together more than the context of 256; .* lower max_tokens to 6"),
     ],
 )
 def test_a_prompt_that_cannot_be_served_is_named_before_anything_runs(
     llm: LLM, prompt: Prompt, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refusion.llm.run_batch", lambda *_, **__: pytest.fail("something ran"))
+    monkeypatch.setattr("refusion.engine.core.Engine.step", lambda _: pytest.fail("something ran"))
     with pytest.raises(RequestError, match=message):
         llm.generate(["fine", prompt], SamplingParams(max_tokens=8))
 
@@ -245,6 +326,69 @@ def test_a_checkpoint_without_mask_token_decodes_autoregressively_only(edited_mo
     assert len(llm.generate(["a fox"], SamplingParams(max_tokens=4), decoder="autoregressive")[0].token_ids) == 4
 
 
+# ---- interruptions ----
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_ctrl_c_keeps_what_is_finished(llm: LLM, decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = SamplingParams(max_tokens=6)
+    expected = llm.generate(PROMPTS, sampling, SLOTS, decoder)
+    finished: list[int] = []
+    step = Engine.step
+
+    def interrupted_step(self: Engine) -> None:
+        if len(finished) >= 2:
+            raise KeyboardInterrupt
+        step(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "step", interrupted_step)
+        with pytest.raises(GenerationInterrupted) as interrupted:
+            llm.generate(PROMPTS * 50, sampling, SLOTS, decoder, on_output=lambda index, _: finished.append(index))
+    outputs = interrupted.value.outputs
+    assert list(outputs) == finished
+    assert 2 <= len(outputs) < 10
+    assert all(output.token_ids == expected[index % len(PROMPTS)].token_ids for index, output in outputs.items())
+    assert not llm.engine.has_work
+    assert tokens(llm.generate(PROMPTS, sampling, SLOTS, decoder)) == tokens(expected)  # and it can be used again
+
+
+def test_a_fault_under_way_leaves_a_usable_engine(llm: LLM) -> None:
+    def fail(_: object) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        llm.generate(PROMPTS, SamplingParams(max_tokens=8), SLOTS, on_event=fail)
+    assert not llm.engine.has_work
+    assert llm.generate(["a fox"], SamplingParams(max_tokens=4), SLOTS)[0].token_ids
+
+
+def test_prompts_that_memory_does_not_suffice_for_leave_the_others_their_answers(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = llm.engine.runner.launch
+
+    def failing_launch(lane: object, **shape: object) -> object:
+        if shape["prompt"] is not None and 244 in shape["prompt"].token_ids:  # type: ignore[attr-defined]
+            raise RequestError("out of memory in a forward; lower max_num_seqs")
+        return launch(lane, **shape)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(llm.engine.runner, "launch", failing_launch)
+    with pytest.raises(GenerationFailed, match="lower max_num_seqs") as failed:
+        llm.generate([[7, 8], [244, 9], [10]], SamplingParams(max_tokens=4), SLOTS)
+    assert sorted(failed.value.outputs) == [0, 2]
+
+
+def test_a_cache_too_small_for_a_prompt_is_named_before_anything_runs(tiny_model_dir: Path) -> None:
+    llm = LLM.from_pretrained(tiny_model_dir, dtype="float32", engine=EngineSettings(cache_tokens=32))
+    with pytest.raises(RequestError, match=r"prompt 1 has 30 tokens and max_tokens is 8, .* KV cache of 32 tokens .* raise cache_tokens"):
+        llm.generate(["fine", [7] * 30], SamplingParams(max_tokens=8))
+
+
+@pytest.mark.parametrize("settings", [{"max_num_seqs": 0}, {"page_size": 12}, {"gpu_memory_fraction": 1.5}, {"cache_tokens": -1}], ids=str)
+def test_engine_settings_out_of_range_are_named(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        EngineSettings(**settings)
+
+
 def test_devices_and_dtypes_that_are_not_there_are_named(tiny_model_dir: Path) -> None:
     for options, message in (
         ({"device": "abacus"}, "unknown device 'abacus'; use cpu or cuda"),
@@ -252,6 +396,12 @@ def test_devices_and_dtypes_that_are_not_there_are_named(tiny_model_dir: Path) -
     ):
         with pytest.raises(RequestError, match=message):
             LLM.from_pretrained(tiny_model_dir, **options)
+    for quantization, message in (
+        ("int8", "quantization 'int8' needs a GPU; leave it out on device 'cpu'"),
+        ("int3", "unknown quantization 'int3'; use int8 or float8"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            LLM.from_pretrained(tiny_model_dir, quantization=quantization)  # type: ignore[arg-type]
     if not torch.cuda.is_available():
         with pytest.raises(RequestError, match="no CUDA device is available"):
             LLM.from_pretrained(tiny_model_dir, device="cuda")

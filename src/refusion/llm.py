@@ -17,14 +17,16 @@ from refusion.checkpoint import read_json
 from refusion.decoding.events import Event
 from refusion.decoding.forward import EagerForward, ForwardFn
 from refusion.decoding.params import SamplingParams, SlotParams, SlotSettings
-from refusion.engine.build import build_engine, flat_network
+from refusion.engine.build import build_engine, flat_network, quantized_network
 from refusion.engine.core import Engine
+from refusion.engine.network import FlatNetwork
 from refusion.engine.outputs import Piece, RequestOutput, Stats
 from refusion.engine.requests import Answer, FindStop, NewRequest
 from refusion.engine.settings import EngineSettings
 from refusion.engine.stream import AnswerStream
 from refusion.errors import CheckpointError, RequestError
 from refusion.model.config import ModelConfig
+from refusion.model.quantize import KINDS, Kind
 from refusion.model.transformer import Transformer
 from refusion.tokenizer import Tokenizer
 
@@ -68,7 +70,16 @@ class GenerationFailed(RequestError):
 class LLM:
     """A checkpoint ready to answer."""
 
-    def __init__(self, path: Path, model: Transformer, tokenizer: Tokenizer | None, engine: EngineSettings | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        engine: EngineSettings | None = None,
+        network: FlatNetwork | None = None,
+    ) -> None:
+        """network: the model as the engine runs it, where `model` itself was emptied into it."""
+        self._network, self.has_model = network, network is None
         self.path, self.model, self.tokenizer = path, model, tokenizer
         self.config: ModelConfig = model.config
         self.engine_settings = engine or EngineSettings()
@@ -83,22 +94,28 @@ class LLM:
         device: str = "cpu",
         dtype: str | torch.dtype | None = None,
         engine: EngineSettings | None = None,
+        quantization: Kind | None = None,
     ) -> "LLM":
         """Load a named model (fetched on first use) or a hub-layout directory.
 
         dtype: "float32", "bfloat16" or None: bfloat16 where the device computes in it, else float32. engine: how much it may take.
+        quantization: "int8" or "float8" holds the matrices in 8 bits (on a GPU only), prepared one by one, so that a model fits which
+        would not at its full size; requests are served as ever, but `model.logits` and `forward_fn` are not available then.
         Raises `CheckpointError` for a missing or damaged checkpoint, `RequestError` for a device that is not there.
         """
         path = hub.resolve(str(name_or_path))
         target = _device(device)
-        model = Transformer.from_pretrained(path, device=str(target), dtype=_dtype(dtype, target))
+        _check_quantization(quantization, target)
+        is_whole = quantization is None
+        model = Transformer.from_pretrained(path, device=str(target) if is_whole else "cpu", dtype=_dtype(dtype, target))
+        network = None if quantization is None else quantized_network(model, target, quantization)
         tokenizer = Tokenizer.from_pretrained(path) if (path / "tokenizer.json").exists() else None
-        return cls(path, model, tokenizer, engine)
+        return cls(path, model, tokenizer, engine, network)
 
     @cached_property
     def engine(self) -> Engine:
         """Runs the requests; made when the first one comes."""
-        network = flat_network(self.model)
+        network = self._network or flat_network(self.model)
         return build_engine(network, self.engine_settings, banned_ids=self.banned_ids(), tokens_per_forward=self._tokens_per_forward)
 
     def generate(
@@ -146,6 +163,26 @@ class LLM:
         if errors:
             raise GenerationFailed(str(errors[0]), outputs) from errors[0]
         return [outputs[index] for index in range(len(requests))]
+
+    def warm_up(
+        self,
+        decoders: Sequence[str] = ("refusion", "autoregressive"),
+        *,
+        batch_size: int | None = None,
+        sampling: SamplingParams | None = None,
+        slots: SlotParams | None = None,
+        prompt_tokens: int = 512,
+    ) -> int:
+        """Compile and capture what up to `batch_size` such requests together need (default: what the engine holds), before they come.
+
+        prompt_tokens: of the longest prompt. Returns how many forwards it ran; what is ready, and everything on a CPU, takes none.
+        Raises `RequestError` while requests are open.
+        """
+        sampling = sampling or SamplingParams()
+        count = batch_size or self.engine_settings.seats(self.model.device.type)
+        longest = max(min(prompt_tokens, self.config.max_position_embeddings - sampling.max_tokens), 1)
+        requests = [self.new_request([0], sampling, slots, decoder) for decoder in decoders]
+        return sum(self.engine.warm_up(new, num_requests=count, prompt_tokens=longest) for new in requests)
 
     def stream(
         self,
@@ -237,7 +274,12 @@ class LLM:
             raise answers[0].error
 
     def forward_fn(self) -> ForwardFn:
-        """The network as decoders see it, never emitting the mask token, other specials than EOS, or rows past the tokenizer."""
+        """The network as decoders see it, never emitting the mask token, other specials than EOS, or rows past the tokenizer.
+
+        Raises `RequestError` for a quantised model.
+        """
+        if not self.has_model:
+            raise RequestError("a quantised model is not available outside its engine; load it without quantization")
         return EagerForward(self.model, self.banned_ids())
 
     def banned_ids(self) -> Tensor:
@@ -346,6 +388,15 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     if dtype not in ("float32", "bfloat16"):
         raise RequestError(f"unknown dtype {dtype!r}; use float32 or bfloat16")
     return getattr(torch, dtype)
+
+
+def _check_quantization(quantization: Kind | None, device: torch.device) -> None:
+    if quantization is None:
+        return
+    if quantization not in KINDS:
+        raise RequestError(f"unknown quantization {quantization!r}; use {' or '.join(KINDS)}")
+    if device.type != "cuda":
+        raise RequestError(f"quantization {quantization!r} needs a GPU; leave it out on device {device.type!r}")
 
 
 def _progress(is_wanted: bool, title: str) -> Progress:

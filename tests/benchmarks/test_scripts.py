@@ -115,3 +115,13 @@ def test_unknown_settings_of_a_sweep_are_named(run: Run, tmp_path: Path, chat_da
     assert code == 1
     assert "slotsize" in err
     assert err.count("\n") == 1
+
+
+def test_in_float32_the_batch_changes_no_text(run: Run, tmp_path: Path, chat_data: Path, tiny_model_dir: Path) -> None:
+    output = tmp_path / "batches.json"
+    options = ["--dtype", "float32", "--data", chat_data, "--max-tokens", 12, "--concurrency", 3]
+    code, _, err = run("batches", "--model", tiny_model_dir, *options, "--output", output)
+    assert code == 0, err
+    for found in read_result(output)["runs"]:
+        assert found["figures"]["num_answers"] == 4
+        assert found["figures"]["same_answers"] == found["figures"]["same_prefix_share"] == 1.0

@@ -61,7 +61,7 @@ def test_ctrl_c_ends_a_piped_conversation_with_130(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("refusion.llm.run_batch", interrupt)
+    monkeypatch.setattr("refusion.engine.core.Engine.step", interrupt)
     result = run_cli("chat", "--model", tiny_model_dir, "--decoder", decoder, "--max-tokens", 8, stdin="hello\n")
     assert (result.code, result.err) == (130, "stopped\n")
 

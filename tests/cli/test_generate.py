@@ -56,6 +56,22 @@ def test_autoregressive_json_has_no_slot_settings(run_cli: RunCli, tiny_model_di
     assert answer["tokens_per_forward"] == 1.0
 
 
+def test_auto_says_what_it_chose(run_cli: RunCli, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from refusion.engine.costs import CostTable
+
+    monkeypatch.setattr("refusion.engine.build.measured_costs", lambda _: CostTable((1, 100), (0.01, 1.0)))
+    answer = run_cli("generate", "--model", tiny_model_dir, "--max-tokens", 5, "--decoder", "auto", "--json", "hello").json
+    assert answer["decoder"] == "autoregressive"  # every row costs, so one row a token is best
+    assert "slots" not in answer
+
+
+def test_a_cache_too_small_names_its_setting(run_cli: RunCli, tiny_model_dir: Path) -> None:
+    result = run_cli("generate", "--model", tiny_model_dir, "--max-tokens", 40, "--cache-tokens", 32, "hello")
+    assert (result.code, result.out) == (1, "")
+    assert "lower max_tokens or raise cache_tokens" in result.err
+    assert run_cli("generate", "--model", tiny_model_dir, "--max-tokens", 8, "--cache-tokens", 64, "hello").code == 0
+
+
 def test_raw_continues_the_prompt_without_the_template(run_cli: RunCli, tiny_model_dir: Path) -> None:
     llm = LLM.from_pretrained(tiny_model_dir, dtype="float32")
     expected = llm.generate(["hello"], SamplingParams(max_tokens=8))[0]
@@ -116,20 +132,24 @@ def test_compare_falls_back_to_the_same_weights_and_prints_a_table(run_cli: RunC
 def test_ctrl_c_prints_what_was_final_and_exits_with_130(
     run_cli: RunCli, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], terminal: bool
 ) -> None:
-    from refusion.decoding.autoregressive import AutoregressiveDecoder
+    from refusion.engine.core import Engine
 
-    step = AutoregressiveDecoder.step
+    step = Engine.step
+    num_steps = 0
 
-    def interrupted_step(self: AutoregressiveDecoder) -> None:
-        if hasattr(self, "state") and int(self.state.num_tokens.max()) == 6:
+    def interrupted_step(self: Engine) -> None:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 8:  # a step tells of the forward before it: six tokens have been told by then
             raise KeyboardInterrupt
         step(self)
 
     command = ("generate", "--model", tiny_model_dir, "--decoder", "autoregressive", *flags, "hello", "--max-tokens")
     whole = run_cli(*command, 6)
-    monkeypatch.setattr(AutoregressiveDecoder, "step", interrupted_step)
+    monkeypatch.setattr(Engine, "step", interrupted_step)
     result = run_cli(*command, 24, terminal=terminal)
-    assert (result.code, result.err) == (130, "stopped\n")
+    notice = "--watch draws on a terminal only; here comes the text alone\n" if flags and not terminal else ""
+    assert (result.code, result.err) == (130, f"{notice}stopped\n")
     shown = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", result.out).splitlines()[-1]
     assert shown
     assert whole.out.startswith(shown)
@@ -144,6 +164,8 @@ BAD_FLAGS = {
     "--max-tokens 0": "--max-tokens is 0; it must be at least 1",
     "--top-p 0": "--top-p is 0.0; it must be in (0, 1]",
     "--temperature -1": "--temperature is -1.0; it must be 0 (greedy) or at least 0.001",
+    "--cache-tokens 0": "--cache-tokens is 0; it must be at least 1",
+    "--compare --decoder auto": "--compare and --decoder auto do not go together; leave one out",
     "--compare --watch": "--compare and --watch do not go together; leave one out",
 }
 

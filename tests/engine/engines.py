@@ -24,10 +24,12 @@ SLOTS = SlotSettings(slot_size=4, block_size=8, slot_threshold=0.3, token_thresh
 COSTS = CostTable((1, 64), (1.0, 1.0))
 
 
-def make_engine(network: FlatNetwork, *, costs: CostTable = COSTS, **settings: Any) -> Engine:
-    """An engine for tests; settings are those of `EngineSettings`."""
+def make_engine(network: FlatNetwork, *, costs: CostTable = COSTS, runs_ahead: bool = False, **settings: Any) -> Engine:
+    """An engine for tests; settings are those of `EngineSettings`. runs_ahead: launch before the last report is read, as on a GPU."""
     defaults = {"max_num_seqs": 4, "page_size": 4}
-    return build_engine(network, EngineSettings(**(defaults | settings)), banned_ids=torch.tensor([MASK]), costs=lambda: costs)
+    engine = build_engine(network, EngineSettings(**(defaults | settings)), banned_ids=torch.tensor([MASK]), costs=lambda: costs)
+    engine.runner.runs_ahead = runs_ahead
+    return engine
 
 
 def new_request(
@@ -115,7 +117,7 @@ def check(engine: Engine) -> None:
     for seats in scheduler.lanes.values():
         assert [request.seat for request in seats.requests] == list(range(len(seats)))
         for seat, request in enumerate(seats.requests):
-            assert int(seats.num_pages[seat]) == len(request.pages)
+            assert int(seats.room[seat]) == len(request.pages) * page_size
             assert seats.cached[seat] <= len(request.pages) * page_size
             assert seats.lane.page_table_host[seat, : len(request.pages)].tolist() == request.pages
     still_open = [request for request in seated if request.state is not State.FINISHED]
@@ -126,6 +128,7 @@ def check(engine: Engine) -> None:
 def is_idle(engine: Engine) -> bool:
     """Nobody is there and every page is free or kept for later prompts alone."""
     scheduler = engine.scheduler
+    run(engine)
     engine.step()  # those who left free their pages
     kept = len(scheduler.prefix)
     return scheduler.num_open == 0 and scheduler.pool.num_free == scheduler.pool.num_pages - kept

@@ -1,61 +1,169 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 from engines import SLOTS, Plain, is_idle, new_request, run
 
+from refusion.decoding.params import SlotSettings
+from refusion.decoding.refusion_report import AGENDA, ReportColumns, rows_needed
+from refusion.decoding.state import DONE, INFILL, PLAN, REMASK, VERIFY
 from refusion.engine.auto import Auto
-from refusion.engine.candidates import ByBudget, ByCost, Load
+from refusion.engine.candidates import Candidates
+from refusion.engine.commits import Demand
 from refusion.engine.core import Engine
 from refusion.engine.costs import CostTable
-from refusion.engine.requests import Answer
+from refusion.engine.experience import Experience
+from refusion.engine.requests import Answer, lane_key
 
 FLAT = CostTable((1, 1000), (1.0, 1.0))
-STEEP = CostTable((1, 1000), (0.001, 1.0))  # every row costs the same
+STEEP = CostTable((1, 1000), (0.01, 10.0))  # every row costs the same
 BENT = CostTable((1, 100, 1000), (1.0, 1.0, 10.0))  # a hundred rows for the price of one
-
-
-def auto(costs: CostTable, tokens_per_forward: float = 2.0) -> Auto:
-    return Auto(lambda: costs, ByBudget(100, 1000), tokens_per_forward=tokens_per_forward)
-
-
-def load(most: int, num_rows: Callable[[int], int] = lambda candidates: 10 + 10 * candidates, **more: Any) -> Load:
-    return Load(most, num_rows, **({"accepted": np.zeros(5), "share_judged": 1.0} | more))
-
-
+H100 = CostTable((1, 16, 64, 128, 192, 512, 4096), (7.1e-4, 8.8e-4, 1e-3, 1.2e-3, 1.4e-3, 2.4e-3, 1.3e-2))
+LONG = SlotSettings(slot_size=16, block_size=16)
 ASKED = new_request([7], [], decoder="auto")
 
 
+def auto(costs: CostTable, tokens_per_forward: float = 2.0) -> tuple[Auto, Candidates]:
+    candidates = Candidates(lambda: costs, 4096, tokens_per_forward=tokens_per_forward)
+    return Auto(lambda: costs, candidates, 4096), candidates
+
+
+def experience_of(candidates: Candidates) -> Experience:
+    key = lane_key(ASKED, "refusion")
+    assert key.slots is not None
+    return candidates.experience(key.slots, key.width)
+
+
+# ---- how many lengths ----
+
+
+def test_free_rows_are_all_used_and_dear_ones_are_not() -> None:
+    experience = Experience(LONG, 1)
+    assert experience.ladder == (15, 8, 4, 2, 1, 0)
+    assert Candidates(lambda: FLAT, 4096).choose(experience, 1) == 15
+    assert Candidates(lambda: STEEP, 4096).choose(experience, 1) == 1
+    by_seats = [Candidates(lambda: H100, 4096).choose(experience, seats) for seats in (1, 8, 32)]
+    assert by_seats == sorted(by_seats, reverse=True)
+    assert by_seats[0] > by_seats[-1] >= 1
+
+
+def test_lengths_that_a_forward_cannot_hold_are_not_prepared() -> None:
+    experience = Experience(LONG, 1)
+    fits = [Candidates(lambda: FLAT, 4096).choose(experience, seats) for seats in (16, 32, 64, 128)]
+    assert fits[0] == 15
+    assert fits == sorted(fits, reverse=True)
+    assert all(
+        experience.rows_per_forward[experience.ladder.index(chosen)] * seats < 4096
+        for chosen, seats in zip(fits, (16, 32, 64, 128), strict=True)
+    )
+
+
+def test_a_number_given_in_the_settings_is_the_number_used() -> None:
+    experience = Experience(SlotSettings(slot_size=16, block_size=16, max_candidates=3), 1)
+    assert Candidates(lambda: STEEP, 4096).choose(experience, 1) == 3
+    none = Experience(SlotSettings(slot_size=16, block_size=16, max_candidates=0), 1)
+    assert Candidates(lambda: FLAT, 4096).choose(none, 4) == 0
+
+
+def test_without_costs_the_settings_decide_and_nothing_is_measured() -> None:
+    assert Candidates(None, 4096).choose(Experience(LONG, 1), 4) == 15
+
+
+def test_seats_of_a_bucket_share_a_number() -> None:
+    candidates, experience = Candidates(lambda: H100, 4096), Experience(LONG, 1)
+    assert len({candidates.choose(experience, seats) for seats in range(17, 33)}) == 1
+
+
+def test_a_number_in_use_stays_until_experience_speaks_clearly_against_it() -> None:
+    candidates, experience = Candidates(lambda: H100, 4096), Experience(LONG, 1)
+    first = candidates.choose(experience, 4)
+    assert first > 1
+    experience.advanced = np.eye(17)[0]  # every slot is completed at once
+    assert candidates.choose(experience, 4) == first  # not yet asked again
+    experience.version += 1
+    assert candidates.choose(experience, 4) == 1
+    experience.advanced = Experience(LONG, 1).advanced
+    experience.version += 1
+    assert candidates.choose(experience, 4) == first
+
+
+# ---- what is expected and learned ----
+
+
+def test_expectations_are_shares_and_fall_with_more_lengths() -> None:
+    for slots in (LONG, SLOTS, SlotSettings(slot_size=1), SlotSettings(slot_size=32, block_size=128)):
+        experience = Experience(slots, 1)
+        assert experience.advanced.sum() == pytest.approx(1.0)
+        assert (np.diff(experience.uncovered) >= 0).all()  # the ladder falls
+        assert (np.diff(experience.rows) <= 0).all()
+    mean = (np.arange(17) * Experience(LONG, 1).advanced).sum() / 0.9
+    assert mean == pytest.approx(2.5, abs=0.1)
+
+
+def test_what_is_learned_does_not_depend_on_the_number_used(new_engine: Callable[..., Engine]) -> None:
+    """The same answers, with all lengths prepared and with none: remask forwards are counted apart."""
+    found = []
+    for limit in (2048, 16):
+        engine = new_engine(max_num_seqs=1, max_decode_rows=limit)
+        answers: list[Answer] = []
+        for index in range(6):
+            engine.add(new_request([7, 8, index], answers, index=index, max_tokens=64))
+        run(engine)
+        experience = engine.scheduler.candidates.experience(SLOTS, 2)
+        found.append((experience.weight, experience.tokens, experience.share_judged, *experience.advanced, *experience.rows))
+        assert experience.weight > 100
+    assert found[0] == pytest.approx(found[1])
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_rows_by_table_are_those_the_layout_needs(width: int) -> None:
+    columns, draw = ReportColumns(width, 8), np.random.default_rng(0)
+    reports = np.zeros((500, columns.total), dtype=np.int32)
+    phase = draw.choice([PLAN, VERIFY, REMASK, INFILL, DONE], 500)
+    reports[:, columns.agenda] = phase
+    verified = draw.integers(-1, 9, (500, width))
+    verified[phase == PLAN] = -1
+    planned = draw.integers(0, 2, (500, width))
+    planned[phase == REMASK] = 0
+    first = columns.agenda + AGENDA
+    reports[:, first : first + width], reports[:, first + width : first + 2 * width] = verified, planned
+    demand = Demand(columns)
+    for candidates in (0, 1, 4, 7, 20):
+        needed = rows_needed(reports[:, columns.agenda : first + 2 * width], 8, min(candidates, 7))
+        for size in (0, 1, 500):
+            assert demand.total(reports[:size], candidates) == needed[:size].sum()
+
+
+# ---- which decoder ----
+
+
 def test_free_rows_speak_for_slots_and_dear_ones_against() -> None:
-    assert auto(FLAT)(ASKED, 1) == "refusion"
-    assert auto(STEEP)(ASKED, 1) == "autoregressive"
-    assert auto(BENT)(ASKED, 1) == "refusion"
-    assert auto(BENT)(ASKED, 64) == "autoregressive"
+    assert auto(FLAT)[0](ASKED, 1) == "refusion"
+    assert auto(STEEP)[0](ASKED, 1) == "autoregressive"
+    assert auto(BENT)[0](ASKED, 1) == "refusion"
+    assert auto(BENT)[0](ASKED, 64) == "autoregressive"
+
+
+def test_fewer_lengths_mean_fewer_tokens_for_each_forward() -> None:
+    chooser, _ = auto(H100, 2.3)
+    asked = new_request([7], [], decoder="auto", slots=LONG, max_tokens=256)
+    speeds = [slots / one for slots, one in (chooser.speeds(asked, load) for load in (1, 8, 32, 128))]
+    assert speeds[0] > 1.2
+    assert speeds == sorted(speeds, reverse=True)
+    assert speeds[-1] < 0.7
 
 
 def test_a_small_advantage_is_no_reason_to_switch() -> None:
-    chooser = auto(FLAT, tokens_per_forward=1.01)
+    chooser, candidates = auto(FLAT, tokens_per_forward=1.1)
     assert chooser(ASKED, 1) == "refusion"
-    for tokens, chosen in ((99, "refusion"), (95, "autoregressive"), (101, "autoregressive"), (110, "refusion")):
-        for _ in range(100):
-            chooser.learn(4, SLOTS.candidates(), num_requests=100, num_tokens=tokens, num_rows=1000)
+    for tokens, chosen in ((0.99, "refusion"), (0.95, "autoregressive"), (1.01, "autoregressive"), (1.1, "refusion")):
+        experience_of(candidates).tokens = tokens
         assert chooser(ASKED, 1) == chosen
 
 
-def test_experience_outgrows_what_was_said_before() -> None:
-    chooser = auto(FLAT, tokens_per_forward=2.0)
-    for _ in range(500):
-        chooser.learn(4, SLOTS.candidates(), num_requests=4, num_tokens=3, num_rows=40)
-    assert chooser(ASKED, 1) == "autoregressive"  # fewer tokens than forwards
-    for _ in range(1000):
-        chooser.learn(4, SLOTS.candidates(), num_requests=4, num_tokens=9, num_rows=40)
-    assert chooser(ASKED, 1) == "refusion"
-
-
-def test_costs_are_measured_once_and_only_when_asked_for() -> None:
+def test_costs_are_measured_only_when_asked_for() -> None:
     num_measured = 0
 
     def measure() -> CostTable:
@@ -63,32 +171,12 @@ def test_costs_are_measured_once_and_only_when_asked_for() -> None:
         num_measured += 1
         return FLAT
 
-    chooser = Auto(measure, ByBudget(100, 1000))
-    chooser.learn(4, 3, num_requests=1, num_tokens=1, num_rows=1)
+    candidates = Candidates(None, 4096)
+    chooser = Auto(measure, candidates, 4096)
+    candidates.choose(experience_of(candidates), 4)
     assert num_measured == 0
-    for load in (1, 2):
-        chooser(ASKED, load)
+    chooser(ASKED, 1)
     assert num_measured == 1
-
-
-@pytest.mark.parametrize(
-    ("most", "budget", "chosen"), [(15, 1000, 15), (15, 100, 8), (15, 50, 4), (15, 1, 1), (3, 1000, 3), (3, 35, 2), (0, 1, 0)]
-)
-def test_as_many_lengths_are_prepared_as_the_budget_allows(most: int, budget: int, chosen: int) -> None:
-    assert ByBudget(budget, 1000)(load(most)) == chosen
-
-
-def test_no_length_is_prepared_where_a_forward_could_not_hold_its_rows() -> None:
-    assert ByBudget(1, 19)(load(15)) == 0
-
-
-def test_where_every_row_costs_only_lengths_that_come_up_are_prepared() -> None:
-    short = np.array([50, 30, 20, 0, 0])  # slots advance by two tokens at most
-    by_cost = ByCost(lambda: STEEP, 1000)
-    assert by_cost(load(4, num_rows=lambda candidates: 100 + candidates, accepted=short)) == 2
-    assert by_cost(load(4, num_rows=lambda candidates: 1 + 100 * candidates, accepted=short)) == 0
-    assert by_cost(load(4, accepted=short, share_judged=0.0)) == 0
-    assert ByCost(lambda: FLAT, 25)(load(4, accepted=short)) == 1  # no more rows than a forward holds
 
 
 @pytest.mark.parametrize(("costs", "decoders"), [(FLAT, {"refusion"}), (STEEP, {"autoregressive"})], ids=["free rows", "dear rows"])
@@ -96,7 +184,7 @@ def test_the_engine_decodes_each_request_as_chosen(
     new_engine: Callable[..., Engine], plain: Plain, costs: CostTable, decoders: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = new_engine(costs=costs, max_num_seqs=2)
-    monkeypatch.setattr(engine.auto, "learn", lambda *_, **__: None)  # a random model accepts next to nothing
+    monkeypatch.setattr(Experience, "learn", lambda *_, **__: None)  # a random model accepts next to nothing
     answers: list[Answer] = []
     requests = [new_request([7, 8, index], answers, index=index, decoder="auto") for index in range(5)]
     for request in requests:

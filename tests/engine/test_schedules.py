@@ -27,8 +27,8 @@ KINDS: tuple[dict[str, Any], ...] = (
 LIMITS = (
     {"cache_tokens": 48, "max_num_seqs": 4, "max_prompt_rows": 5},
     {"cache_tokens": 42, "max_num_seqs": 5, "max_prompt_rows": 64, "page_size": 2},
-    {"cache_tokens": 48, "max_num_seqs": 3, "max_prompt_rows": 3, "page_size": 2, "row_budget": 20},
-    {"cache_tokens": 64, "max_num_seqs": 4, "prefix_caching": False, "page_size": 8},
+    {"cache_tokens": 48, "max_num_seqs": 3, "max_prompt_rows": 3, "page_size": 2, "max_decode_rows": 40, "runs_ahead": True},
+    {"cache_tokens": 64, "max_num_seqs": 4, "prefix_caching": False, "page_size": 8, "runs_ahead": True},
 )
 seen = {"preempted": 0, "shared": 0, "answered": 0}
 

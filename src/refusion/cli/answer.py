@@ -63,6 +63,8 @@ class NoText:
 def make_display(llm: LLM, sampling: SamplingParams, *, watch: bool) -> Display:
     """The slots if they are to be watched, else growing text; only the whole text where standard output is not a terminal."""
     if not sys.stdout.isatty():
+        if watch:
+            print("--watch draws on a terminal only; here comes the text alone", file=sys.stderr)
         return WholeText()
     if not watch:
         return GrowingText()

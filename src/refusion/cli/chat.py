@@ -40,6 +40,8 @@ def command(
     correction: options.Correction = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
+    quantization: options.Quantization = None,
+    cache_tokens: options.CacheTokens = None,
 ) -> None:
     """Talk with a model; /help lists what can be typed. Piped input is one question a line.
 
@@ -52,8 +54,9 @@ def command(
     """
     sampling = options.sampling_params(max_tokens, temperature, top_p, seed, stop)
     slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction)
+    engine = options.engine_settings(cache_tokens)
     with options.interruptible():
-        llm = options.load(model, device, dtype)
+        llm = options.load(model, device, dtype, engine, quantization)
         chat = Chat(llm, sampling, slots, decoder.value, watch=watch)
         is_terminal = sys.stdin.isatty()
         if is_terminal:
@@ -90,7 +93,7 @@ class Chat:
             self.messages = []
             typer.echo("the conversation is forgotten", err=True)
         elif line == "/decoder":
-            self.decoder = "autoregressive" if self.decoder == "refusion" else "refusion"
+            self.decoder = "refusion" if self.decoder == "autoregressive" else "autoregressive"
             typer.echo(f"decoder: {self.decoder}", err=True)
         elif line.startswith("/"):
             typer.echo(f"unknown command {line}; /help lists them", err=True)
@@ -113,7 +116,7 @@ class Chat:
             typer.echo("stopped", err=True)
         else:
             text = output.text
-            typer.echo(options.summary(output, self.settings if self.decoder == "refusion" else None), err=True)
+            typer.echo(options.summary(output, self.settings), err=True)
         self.messages = [*messages, {"role": "assistant", "content": text}]
 
     def _fitting(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -37,6 +37,8 @@ def command(
     correction: options.Correction = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
+    quantization: options.Quantization = None,
+    cache_tokens: options.CacheTokens = None,
 ) -> None:
     """Answer one prompt: the text on standard output, what it cost on standard error.
 
@@ -49,14 +51,16 @@ def command(
     """
     sampling = options.sampling_params(max_tokens, temperature, top_p, seed, stop)
     slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction)
+    engine = options.engine_settings(cache_tokens)
     options.refuse_together({"--compare": compare, "--watch": watch})
-    options.refuse_together({"--compare": compare, "--decoder autoregressive": decoder is options.DecoderName.autoregressive})
+    options.refuse_together({"--compare": compare, "--quantization": quantization is not None})
+    options.refuse_together({"--compare": compare, f"--decoder {decoder.value}": decoder is not options.DecoderName.refusion})
     options.refuse_together({"--watch": watch, "--json": as_json})
     text = _read(prompt)
     with options.interruptible():
         from refusion.cli.answer import NoText, answer, make_display
 
-        llm = options.load(model, device, dtype)
+        llm = options.load(model, device, dtype, engine, quantization)
         settings = options.resolve_slots(slots, llm)
         request: Prompt = text if raw else [{"role": "user", "content": text}]
         if compare:
@@ -67,12 +71,11 @@ def command(
             return
         display = NoText() if as_json else make_display(llm, sampling, watch=watch)
         output = answer(llm, request, sampling, slots, decoder.value, display)
-    used = settings if decoder is options.DecoderName.refusion else None
     if as_json:
-        slots_used = {"slots": options.slots_dict(used)} if used else {}
-        options.print_json({"model": model, "decoder": decoder.value, **options.output_dict(output), **slots_used})
+        slots_used = {"slots": options.slots_dict(settings)} if output.decoder == "refusion" else {}
+        options.print_json({"model": model, "decoder": output.decoder, **options.output_dict(output), **slots_used})
     else:
-        typer.echo(options.summary(output, used), err=True)
+        typer.echo(options.summary(output, settings), err=True)
 
 
 def _read(prompt: str) -> str:

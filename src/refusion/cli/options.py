@@ -14,6 +14,7 @@ from refusion.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from refusion.decoding.params import SamplingParams, SlotParams, SlotSettings
+    from refusion.engine.settings import EngineSettings
     from refusion.llm import LLM, RequestOutput
 
 
@@ -22,6 +23,7 @@ class DecoderName(StrEnum):
 
     refusion = "refusion"
     autoregressive = "autoregressive"
+    auto = "auto"
 
 
 class AcceptanceName(StrEnum):
@@ -45,8 +47,15 @@ class DtypeName(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class QuantizationName(StrEnum):
+    """How the matrices of the network are held."""
+
+    int8 = "int8"
+    float8 = "float8"
+
+
 Model = Annotated[str, typer.Option(help="Named model (`refusion models list`) or directory of a checkpoint.")]
-Decoder = Annotated[DecoderName, typer.Option(help="Plan and infill slots, or write one token per forward.")]
+Decoder = Annotated[DecoderName, typer.Option(help="Plan and infill slots, write one token per forward, or (auto) what is faster here.")]
 SlotSize = Annotated[
     int | None, typer.Option(help="Tokens in a slot; this and the next six are the model's own for the device where left out.")
 ]
@@ -68,7 +77,9 @@ TopP = Annotated[float, typer.Option(help="Draw from the most probable tokens wi
 Seed = Annotated[int, typer.Option(help="The same seed draws the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+CacheTokens = Annotated[int | None, typer.Option(help="Tokens of prompt and answer the KV cache holds; left out: a whole context.")]
 Dtype = Annotated[DtypeName | None, typer.Option(help="Left out: bfloat16 where the device computes in it, else float32.")]
+Quantization = Annotated[QuantizationName | None, typer.Option(help="Hold the weights in 8 bits, on a GPU.")]
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -134,11 +145,31 @@ def interruptible() -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def load(model: str, device: str, dtype: DtypeName | None) -> LLM:
+def engine_settings(cache_tokens: int | None) -> EngineSettings:
+    """Checked settings of an engine for one request at a time; a value out of range is a usage error."""
+    from refusion.engine.settings import EngineSettings
+
+    with usage_errors():
+        return EngineSettings(max_num_seqs=1, cache_tokens=cache_tokens)
+
+
+def load(
+    model: str,
+    device: str,
+    dtype: DtypeName | None,
+    engine: EngineSettings | None = None,
+    quantization: QuantizationName | None = None,
+) -> LLM:
     """The model, fetched with a progress bar if it is not here. Raises `CheckpointError` if it cannot be talked to in text."""
     from refusion.llm import LLM
 
-    llm = LLM.from_pretrained(model, device=device, dtype=dtype.value if dtype else None)
+    llm = LLM.from_pretrained(
+        model,
+        device=device,
+        dtype=dtype.value if dtype else None,
+        engine=engine,
+        quantization=quantization.value if quantization else None,
+    )
     if llm.tokenizer is None:
         raise CheckpointError(f"{llm.path} has no tokenizer.json; put the tokenizer of its base beside the weights")
     return llm
@@ -150,11 +181,11 @@ def resolve_slots(slots: SlotParams, llm: LLM) -> SlotSettings:
         return slots.resolve(llm.recommended)
 
 
-def summary(output: RequestOutput, slots: SlotSettings | None) -> str:
-    """One line on what an answer cost; `slots` is None for autoregressive decoding."""
+def summary(output: RequestOutput, slots: SlotSettings) -> str:
+    """One line on what an answer cost; `slots` counts where slots were decoded."""
     stats = output.stats
     cost = f"{stats.num_tokens} tokens in {stats.num_forwards} forwards ({stats.tokens_per_forward:.2f} tokens per forward)"
-    how = "autoregressive" if slots is None else slots_text(slots)
+    how = "autoregressive" if output.decoder == "autoregressive" else slots_text(slots)
     return f"{cost}, {stats.tokens_per_second:.1f} tokens/s; {how}"
 
 
@@ -176,6 +207,7 @@ def output_dict(output: RequestOutput) -> dict[str, Any]:
         "num_forwards": stats.num_forwards,
         "tokens_per_forward": stats.tokens_per_forward,
         "seconds": stats.seconds,
+        "first_token_seconds": stats.first_token_seconds,
         "tokens_per_second": stats.tokens_per_second,
     }
 

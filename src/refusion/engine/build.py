@@ -4,25 +4,30 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from refusion.decoding.params import FREE_ROWS, MAX_SLOT_SIZE
-from refusion.engine.auto import TOKENS_PER_FORWARD, Auto
-from refusion.engine.candidates import ByBudget, ByCost
+from refusion.decoding.params import MAX_SLOT_SIZE
+from refusion.engine.auto import Auto
+from refusion.engine.candidates import Candidates
 from refusion.engine.core import Engine
 from refusion.engine.costs import CostTable, measured_costs
-from refusion.engine.network import FlatNetwork
-from refusion.engine.ops import PlainOps, TritonOps
+from refusion.engine.network import FlatNetwork, Ops
+from refusion.engine.ops import TritonOps
 from refusion.engine.runner import Runner
 from refusion.engine.scheduler import Limits
 from refusion.engine.settings import EngineSettings
-from refusion.engine.shapes import PROMPT_ROWS, at_least, row_bucket
+from refusion.engine.shapes import PROMPT_ROWS, at_least, power_of_two
 from refusion.errors import RequestError
+from refusion.model.config import ModelConfig
+from refusion.model.cpu import CpuOps
+from refusion.model.quantize import Kind, QuantizedWeight
 from refusion.model.transformer import Transformer
 
 CPU_CACHE_BYTES = 512 << 20
 CPU_CACHE_TOKENS = 4096
 """A CPU holds at least so many tokens, however wide the model."""
+ROWS_AT_ONCE = 8192
+"""Rows of a weight that are quantised together."""
 
 
 def build_engine(
@@ -36,8 +41,9 @@ def build_engine(
     """An engine over this network. tokens_per_forward: what slot decoding is known to reach. Raises `RequestError` without memory."""
     device = network.device
     num_seats, prompt_rows = settings.seats(device.type), settings.prompt_rows(device.type)
-    max_rows = at_least(PROMPT_ROWS, prompt_rows) + row_bucket(settings.max_decode_rows)
-    page_size = settings.page_size
+    most_rows = settings.decode_rows(device.type)
+    max_rows = at_least(PROMPT_ROWS, prompt_rows) + max(power_of_two(most_rows), num_seats)
+    page_size = settings.page_tokens(device.type)
     pages_per_seat = -(-(network.config.max_position_embeddings + MAX_SLOT_SIZE) // page_size)
     num_tokens = settings.cache_tokens or _cache_tokens(network, settings, num_seats * pages_per_seat * page_size, max_rows)
     num_pages = -(-num_tokens // page_size)
@@ -52,14 +58,16 @@ def build_engine(
         mask_id=network.config.mask_token_id,
         use_kernels=device.type == "cuda",
     )
-    most_rows, measure = settings.max_decode_rows, cache(costs or (lambda: measured_costs(network)))
-    by_budget = ByBudget(settings.row_budget or FREE_ROWS, most_rows)
+    measure = cache(costs or (lambda: measured_costs(network)))
+    # On a CPU the checkpoint says how many lengths pay there; measuring takes seconds, and only `auto` waits for that.
+    chooses_by_cost = device.type == "cuda" or costs is not None
+    candidates = Candidates(measure if chooses_by_cost else None, most_rows, tokens_per_forward=tokens_per_forward)
     return Engine(
         runner,
         Limits(num_seats, prompt_rows, most_rows),
         prefix_caching=settings.prefix_caching,
-        auto=Auto(measure, by_budget, tokens_per_forward=tokens_per_forward or TOKENS_PER_FORWARD),
-        choose_candidates=by_budget if settings.row_budget else ByCost(measure, most_rows),
+        auto=Auto(measure, candidates, most_rows),
+        candidates=candidates,
     )
 
 
@@ -71,7 +79,7 @@ def _cache_tokens(network: FlatNetwork, settings: EngineSettings, most: int, max
         return min(most, max(CPU_CACHE_BYTES // each, CPU_CACHE_TOKENS + MAX_SLOT_SIZE))
     free, total = torch.cuda.mem_get_info(network.device)
     left = int(settings.gpu_memory_fraction * total) - (total - free) - max_rows * each
-    if left < settings.page_size * each:
+    if left < settings.page_tokens("cuda") * each:
         raise RequestError(
             f"gpu_memory_fraction {settings.gpu_memory_fraction:g} of {total >> 20} MiB leaves no room for a KV cache; "
             "raise it, lower max_prompt_rows or load smaller weights"
@@ -81,5 +89,46 @@ def _cache_tokens(network: FlatNetwork, settings: EngineSettings, most: int, max
 
 def flat_network(model: Transformer) -> FlatNetwork:
     """The model over flat rows, with the fastest operations its device has."""
-    ops = TritonOps(model.config, model.device) if model.device.type == "cuda" else PlainOps(model.config, model.dtype)
-    return FlatNetwork(model, ops)
+    is_cuda = model.device.type == "cuda"
+    return FlatNetwork(model, TritonOps(model.config, model.device) if is_cuda else CpuOps(model.config, model.dtype))
+
+
+def quantized_network(model: Transformer, device: torch.device, quantization: Kind) -> FlatNetwork:
+    """The same on a GPU, with its matrices in 8 bits. The model is emptied: see `moved_network`."""
+    network = moved_network(model, _QuantizedOps(model.config, device, quantization), device)
+    torch.cuda.empty_cache()  # what the making took is for the KV cache
+    return network
+
+
+def moved_network(model: Transformer, ops: Ops, device: torch.device) -> FlatNetwork:
+    """The model on another device, where `ops.prepare` brings its matrices one by one.
+
+    The embedding and all that is no matrix move in the model itself; its matrices become empty, so it can no longer be called.
+    """
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    is_tied = model.lm_head.weight is model.embed_tokens.weight
+    matrices = {id(linear.weight) for linear in linears} - {id(model.embed_tokens.weight)}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in matrices:
+                setattr(module, name, nn.Parameter(parameter.to(device), requires_grad=False))
+    if is_tied:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.inv_freq = model.inv_freq.to(device)
+    network = FlatNetwork(model, ops)
+    for linear in linears:
+        if linear.weight is not model.embed_tokens.weight:
+            linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
+    return network
+
+
+class _QuantizedOps(TritonOps):
+    """Quantises weights on the GPU wherever they come from, a piece at a time: the exact rows would not all fit."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, quantization: Kind) -> None:
+        super().__init__(config, device, quantization)
+        self.device = device
+
+    def prepare(self, weight: Tensor) -> QuantizedWeight:
+        pieces = [super(_QuantizedOps, self).prepare(piece.to(self.device)) for piece in weight.split(ROWS_AT_ONCE)]
+        return QuantizedWeight(torch.cat([piece.data for piece in pieces]), torch.cat([piece.scale for piece in pieces]))

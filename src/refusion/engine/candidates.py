@@ -1,64 +1,75 @@
-"""For how many accepted lengths a forward prepares the next drafts. More rows, fewer forwards, the same tokens."""
+"""For how many accepted lengths a forward prepares the next drafts. More rows, fewer forwards, the same tokens.
+
+One number for a lane and a number of seats, so that on a GPU few graphs are needed; it is reconsidered as experience grows.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-from refusion.engine.costs import CostTable, choose_candidates
+from refusion.decoding.params import SlotSettings
+from refusion.engine.costs import CostTable
+from refusion.engine.experience import Experience
+from refusion.engine.shapes import seat_bucket
 
-LADDER = (8, 4, 2, 1)
-"""Few values besides the most there can be: on a GPU each is a graph of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What the forward to come looks like."""
-
-    most: int
-    """Lengths the slot settings allow."""
-    num_rows: Callable[[int], int]
-    """Rows of the forward by the number of lengths prepared."""
-    accepted: np.ndarray
-    """accepted[n]: how often so far a slot that goes on advanced by n tokens; those that were completed count as 0."""
-    share_judged: float
-    """Share of the requests whose drafts the forward judges."""
+PADDING = 1.15
+"""Rows of a forward of several seats over those that are needed: shapes are few."""
+HOST_SECONDS = 1e-4
+"""Between the report of a forward and the launch of the next; a forward whose rows do not depend on the report does not wait for it."""
+GAIN = 1.05
+"""Another number than the one in use must make decoding so much faster."""
 
 
-ChooseCandidates = Callable[[Load], int]
+class Candidates:
+    """Chooses by the cost table of the machine and by experience."""
+
+    def __init__(self, measure: Callable[[], CostTable] | None, most_rows: int, *, tokens_per_forward: float | None = None) -> None:
+        """measure: called at the first choice; None: always as many lengths as the slot settings allow. most_rows: of a forward."""
+        self._measure, self._most_rows, self._tokens_per_forward = measure, most_rows, tokens_per_forward
+        self._experience: dict[tuple[SlotSettings, int], Experience] = {}
+        self._chosen: dict[tuple[int, int], tuple[int, int]] = {}  # (id of the experience, seats) -> (its version, candidates)
+
+    def experience(self, slots: SlotSettings, width: int) -> Experience:
+        """What was seen with these settings, in all lanes."""
+        key = (slots, width)
+        if key not in self._experience:
+            self._experience[key] = Experience(slots, width, self._tokens_per_forward)
+        return self._experience[key]
+
+    def choose(self, experience: Experience, num_seats: int) -> int:
+        """The number of lengths for forwards of up to `num_seats` seats."""
+        bucket = seat_bucket(num_seats)
+        version, candidates = self._chosen.get((id(experience), bucket), (-1, -1))
+        if version != experience.version:
+            candidates = self._reconsider(experience, bucket, candidates)
+            self._chosen[id(experience), bucket] = experience.version, candidates
+        return candidates
+
+    def _reconsider(self, experience: Experience, num_seats: int, now: int) -> int:
+        """`now` unless another number is clearly better; -1: there is none yet."""
+        ladder, num_choices = experience.ladder, max(len(experience.ladder) - 1, 1)  # 0 only where nothing else fits
+        fits = padded_rows(experience, num_seats)[:num_choices] <= self._most_rows
+        if not fits.any():
+            return ladder[-1]
+        if self._measure is None or num_choices == 1:
+            return ladder[int(fits.argmax())]
+        seconds = seconds_of_turn(self._measure(), experience, num_seats)[:num_choices]
+        seconds = np.where(fits, seconds, np.inf)
+        best = int(seconds.argmin())
+        if now in ladder[:num_choices] and seconds[ladder.index(now)] <= GAIN * seconds[best]:
+            return now
+        return ladder[best]
 
 
-@dataclass(frozen=True, slots=True)
-class ByBudget:
-    """As many lengths as leave the forward within a budget of rows: right where rows are free up to a point."""
-
-    row_budget: int
-    most_rows: int
-
-    def __call__(self, load: Load) -> int:
-        """The most lengths within the budget, else the fewest that save forwards, else none."""
-        ladder = _ladder(load.most)
-        fitting = (candidates for candidates in ladder if load.num_rows(candidates) <= self.row_budget)
-        fewest = ladder[-1] if load.num_rows(ladder[-1]) <= self.most_rows else 0
-        return next(fitting, fewest)
+def padded_rows(experience: Experience, num_seats: int) -> np.ndarray:
+    """[C] rows of a forward of `num_seats`, by number of lengths."""
+    return experience.rows_per_forward * num_seats * (PADDING if num_seats > 1 else 1.0)
 
 
-class ByCost:
-    """The number of lengths that makes decoding fastest by the cost table: right where every row costs."""
-
-    def __init__(self, measure: Callable[[], CostTable], most_rows: int) -> None:
-        """measure: called once, at the first choice."""
-        self._measure, self._most_rows = measure, most_rows
-        self._costs: CostTable | None = None
-
-    def __call__(self, load: Load) -> int:
-        if load.share_judged == 0.0:
-            return 0  # nothing to prepare for
-        self._costs = self._costs or self._measure()
-        rows = [load.num_rows(candidates) for candidates in range(load.most + 1)]
-        rows = rows[: max(sum(count <= self._most_rows for count in rows), 1)]
-        return choose_candidates(self._costs, rows, load.accepted, load.share_judged)
-
-
-def _ladder(most: int) -> list[int]:
-    return [most, *(step for step in LADDER if step < most)]
+def seconds_of_turn(costs: CostTable, experience: Experience, num_seats: int) -> np.ndarray:
+    """[C] seconds of a forward with the remask forwards that come with it, by number of lengths."""
+    if num_seats == 1:  # forwards of both kinds, instead of forwards in which some seats do the one and some the other
+        by_kind = np.asarray(costs.cost(experience.rows)) + HOST_SECONDS, float(costs.cost(experience.remask_rows)) + HOST_SECONDS
+        return by_kind[0] + experience.uncovered * by_kind[1]
+    seconds = np.asarray(costs.cost(padded_rows(experience, num_seats))) + HOST_SECONDS
+    return seconds * (1.0 + experience.uncovered)

@@ -1,15 +1,17 @@
-"""What reports say of all seats at once: which tokens became final, how far slots advanced, whose drafts are judged next."""
+"""What reports say of all seats at once: which tokens became final, how far slots advanced, how many rows come next."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from refusion.decoding.refusion_report import AGENDA
+from refusion.decoding.refusion_report import AGENDA, ReportColumns
 from refusion.decoding.refusion_rounds import RefusionRounds
-from refusion.decoding.rounds import NUM_COMMON, NUM_FORWARDS, AutoregressiveRounds, Rounds
-from refusion.decoding.state import INFILL, VERIFY
+from refusion.decoding.rounds import NUM_COMMON, NUM_FORWARDS, OVERFLOW, AutoregressiveRounds
+from refusion.decoding.state import DONE, INFILL, PLAN, REMASK, VERIFY
 
-# B = seats, R = report columns, N = committed tokens, W = slots of a block, K = tokens per slot
+# B = seats, R = report columns, N = committed tokens, W = slots of a block, K = tokens per slot, C = candidate lengths
+
+NUM_PHASES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,50 +23,89 @@ class Commits:
     token: np.ndarray
 
 
-def commits(rounds: Rounds, report: np.ndarray, took_part: np.ndarray) -> Commits:
-    """Final tokens of a report [B, R]; took_part [B] bool."""
-    if isinstance(rounds, RefusionRounds):
-        return _slot_commits(rounds, report, took_part)
+def num_committed(rounds: RefusionRounds | AutoregressiveRounds, report: np.ndarray) -> np.ndarray:
+    """[B] tokens that became final by a report [B, R]; 0 for seats that took no part."""
     if isinstance(rounds, AutoregressiveRounds):
-        is_written, token = report[:, NUM_COMMON], report[:, NUM_COMMON + 1]
-        seat = ((is_written != 0) & took_part).nonzero()[0]
-        return Commits(seat, report[seat, NUM_FORWARDS] - 1, token[seat])
-    found = [
-        (seat, news.offset + place, token)
-        for seat in np.flatnonzero(took_part).tolist()
-        for news in rounds.read(report[seat]).committed
-        for place, token in enumerate(news.token_ids)
-    ]
-    return Commits(*np.array(found, dtype=np.int64).reshape(-1, 3).T)
+        return report[:, NUM_COMMON]
+    first = rounds.columns.committed
+    if rounds.width == 1:
+        return report[:, first]
+    return report[:, first : first + rounds.width].sum(axis=1)
 
 
-def advances(rounds: Rounds, before: np.ndarray, report: np.ndarray, took_part: np.ndarray) -> np.ndarray:
-    """counts[n]: judged slots that advanced by n tokens and go on; completed ones count as 0. before: the reports [B, R] of last time."""
-    if not isinstance(rounds, RefusionRounds):
-        return np.zeros(1, dtype=np.int64)
-    columns, width = rounds.columns, rounds.width
-    first = columns.agenda + AGENDA
-    verified = before[:, first : first + width]  # [B, W]
-    accepted = report[:, columns.accepted : columns.accepted + width]
-    is_judged = (accepted >= 0) & (verified >= 0) & took_part[:, None]
-    is_over = report[:, columns.committed : columns.committed + width] > 0
-    advance = np.where(is_over, 0, accepted - verified)[is_judged]
-    return np.bincount(np.clip(advance, 0, rounds.slot_size), minlength=rounds.slot_size + 1)
-
-
-def is_judged_next(rounds: Rounds, report: np.ndarray) -> np.ndarray:
-    """[B] bool: the next forward judges drafts."""
-    if not isinstance(rounds, RefusionRounds):
-        return np.zeros(len(report), dtype=bool)
-    phase = report[:, rounds.columns.agenda]
-    return (phase == VERIFY) | (phase == INFILL)
-
-
-def _slot_commits(rounds: RefusionRounds, report: np.ndarray, took_part: np.ndarray) -> Commits:
-    """The same without a look at every seat."""
+def commits(rounds: RefusionRounds | AutoregressiveRounds, report: np.ndarray, took_part: np.ndarray) -> Commits:
+    """Final tokens of a report [B, R]; took_part [B] bool."""
+    overflow = report[took_part, OVERFLOW]
+    assert not overflow.any(), f"{overflow.max()} rows of a seat did not fit into its forward"
+    if isinstance(rounds, AutoregressiveRounds):
+        seat = ((report[:, NUM_COMMON] != 0) & took_part).nonzero()[0]
+        return Commits(seat, report[seat, NUM_FORWARDS] - 1, report[seat, NUM_COMMON + 1])
     columns, width, slot_size = rounds.columns, rounds.width, rounds.slot_size
     count = report[:, columns.committed : columns.committed + width]  # [B, W]
     drafts = report[:, columns.drafts : columns.drafts + width * slot_size].reshape(-1, width, slot_size)
     is_final = (np.arange(slot_size) < count[:, :, None]) & took_part[:, None, None]  # [B, W, K]
     seat, slot, place = is_final.nonzero()
     return Commits(seat, (report[seat, columns.window] + slot) * slot_size + place, drafts[seat, slot, place])
+
+
+def advances(rounds: RefusionRounds, before: np.ndarray, report: np.ndarray, took_part: np.ndarray) -> np.ndarray:
+    """[requests whose drafts were judged] tokens by which the slot that goes on and came furthest advanced; 0 where all were completed.
+
+    before: the reports [B, R] of last time.
+    """
+    columns, width = rounds.columns, rounds.width
+    first = columns.agenda + AGENDA
+    verified = before[:, first : first + width]  # [B, W]
+    accepted = report[:, columns.accepted : columns.accepted + width]
+    is_judged = (accepted >= 0) & (verified >= 0) & took_part[:, None]
+    goes_on = is_judged & (report[:, columns.committed : columns.committed + width] == 0)
+    advance = np.where(goes_on, accepted - verified, 0).max(axis=1)
+    return np.clip(advance[is_judged.any(axis=1)], 0, rounds.slot_size)
+
+
+class Demand:
+    """Rows of the next forward by table: what `refusion.decoding.refusion_report.rows_needed` computes, summed and fast.
+
+    It is asked between the report of one forward and the launch of the next, when the device stands still.
+    """
+
+    def __init__(self, columns: ReportColumns) -> None:
+        self.columns, self.width, self.slot_size = columns, columns.width, columns.slot_size
+        self._tables: dict[int, np.ndarray] = {}  # candidates -> [phases * (K + 2) * 2] rows of a block of one slot
+        self._weights = np.array([2 * (self.slot_size + 2), 0, 0, 2, 1], dtype=np.int32)  # of phase, two slots, verified, planned
+
+    def total(self, reports: np.ndarray, candidates: int) -> int:
+        """Rows of all seats of reports [B, R]."""
+        candidates = min(candidates, self.slot_size - 1)
+        table = self._tables.get(candidates)
+        if table is None:
+            table = self._tables[candidates] = self._table(candidates)
+        first, width = self.columns.agenda, self.width
+        if width == 1:
+            return int(table[reports[:, first : first + AGENDA + 2] @ self._weights + 2].sum())
+        phase = reports[:, first : first + 1]
+        verified = reports[:, first + AGENDA : first + AGENDA + width]
+        planned = reports[:, first + AGENDA + width : first + AGENDA + 2 * width]
+        rows = table[(phase * (self.slot_size + 2) + verified + 1) * 2 + planned].sum()
+        num_chosen = ((verified >= 0) & (phase == VERIFY)).sum(axis=1)
+        return int(rows) + candidates * int(np.maximum(num_chosen - 1, 0).sum())  # all but the first slot judge alone as well
+
+    def _table(self, candidates: int) -> np.ndarray:
+        """By phase, verified tokens (first place: not chosen) and whether a slot is planned in the same column."""
+        size = self.slot_size
+        rows = np.zeros((NUM_PHASES, size + 2, 2), dtype=np.int64)
+        for verified in range(size + 1):
+            left = size - verified
+            used = min(candidates, left)
+            rows[[VERIFY, INFILL], verified + 1] = size + used * left - used * (used + 1) // 2
+            rows[REMASK, verified + 1] = size
+        rows[[PLAN, VERIFY, INFILL], :, 1] += size
+        rows[PLAN, 1:, 0] = 0
+        rows[DONE] = 0
+        return rows.ravel()
+
+
+def fresh_agenda(columns: ReportColumns, num_slots: int) -> list[int]:
+    """The agenda of a request of so many slots that has just been admitted: a plan."""
+    width = columns.width
+    return [PLAN, 0, 0, *[-1] * width, *[int(slot < num_slots) for slot in range(width)]]

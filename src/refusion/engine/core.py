@@ -1,7 +1,8 @@
 """The engine: takes requests, runs forwards, hands out events and answers.
 
-One forward is under way at any time. Its report is waited for, what follows is decided and launched, and only then is told what happened:
-the host's slower work falls into the time in which the device computes.
+A forward is under way at any time. Its report is waited for and glanced at, what follows is decided and launched, and only then is booked
+and told what happened: the host's slower work falls into the time in which the device computes. Where the report cannot change what comes
+next, the next forward is launched before it is there.
 """
 
 import time
@@ -10,15 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refusion.decoding.events import Event
-from refusion.decoding.rounds import NUM_FORWARDS, NUM_ROWS
+from refusion.decoding.events import Event, seat_events
+from refusion.decoding.rounds import NUM_FORWARDS
 from refusion.engine.auto import Auto
-from refusion.engine.candidates import ChooseCandidates
-from refusion.engine.requests import Answer, NewRequest, Request, State, final_tokens
+from refusion.engine.candidates import Candidates
+from refusion.engine.requests import Answer, NewRequest, Request, State, final_tokens, lane_key
 from refusion.engine.runner import Pending, Runner
 from refusion.engine.scheduler import Forward, Limits, Scheduler
-from refusion.engine.seat_events import seat_events
-from refusion.engine.seats import Seats
+from refusion.engine.seats import Glance, Seats
+from refusion.engine.warm_up import wanted_shapes
 from refusion.errors import RequestError
 
 
@@ -29,17 +30,18 @@ class News:
     request: Request
     seats: Seats
     report: np.ndarray | None  # [R], where somebody listens
-    written: np.ndarray | None  # [N], where somebody listens or the request is done
+    written: np.ndarray  # [N]
     is_done: bool
 
 
 class Engine:
     """Continuous batching of requests over one runner. Not thread-safe: one thread calls it."""
 
-    def __init__(self, runner: Runner, limits: Limits, *, prefix_caching: bool, auto: Auto, choose_candidates: ChooseCandidates) -> None:
+    def __init__(self, runner: Runner, limits: Limits, *, prefix_caching: bool, auto: Auto, candidates: Candidates) -> None:
         self.runner, self.auto = runner, auto
-        self.scheduler = Scheduler(runner, limits, prefix_caching=prefix_caching, choose_decoder=auto, choose_candidates=choose_candidates)
+        self.scheduler = Scheduler(runner, limits, prefix_caching=prefix_caching, choose_decoder=auto, candidates=candidates)
         self._under_way: tuple[Forward, Pending] | None = None
+        self._unbooked: tuple[Glance, list[int]] | None = None  # and the seats of which something is to be told
         self._news: deque[News] = deque()
         self._num_arrived = 0
 
@@ -67,40 +69,94 @@ class Engine:
 
     def step(self) -> None:
         """One forward further. What a callback raises comes out of here, and the engine can go on."""
-        self._settle()
-        self._launch()
+        if self._under_way is not None:
+            forward, pending = self._under_way
+            ahead = self._launch_ahead(forward)
+            report = pending.wait()
+            self._under_way = ahead
+            self._glance(forward, report)
+        if self._under_way is None:
+            self._launch()
+        self._book()
         self._tell()
+
+    def warm_up(self, new: NewRequest, *, num_requests: int, prompt_tokens: int) -> int:
+        """Make ready what up to `num_requests` requests like this one need; returns how many forwards it took, 0 on a CPU.
+
+        Raises `RequestError` while requests are open.
+        """
+        if self.scheduler.num_open:
+            raise RequestError("the engine has requests to finish; warm it up before they come")
+        while self.has_work:  # a forward without anybody in it may be under way, launched ahead of the report that ended the last request
+            self.step()
+        if not self.runner.is_cuda:
+            return 0
+        before = self.runner.num_first_runs
+        for decoder in ("refusion", "autoregressive") if new.decoder == "auto" else (new.decoder,):
+            seats, load = self.scheduler.expected(lane_key(new, decoder), num_requests, prompt_tokens)
+            for shape in wanted_shapes(seats.key, self.scheduler.candidates, load):
+                self.runner.warm(
+                    seats.lane,
+                    num_seats=shape.num_seats,
+                    num_rows=shape.num_rows,
+                    num_prompt_rows=shape.num_prompt_rows,
+                    candidates=shape.candidates,
+                )
+        return self.runner.num_first_runs - before
 
     def reset(self, error: RequestError | None = None) -> None:
         """Forget everything, as after an interruption that may have come at any place; open requests end with `error` if there is one."""
+        self.runner.synchronize()
         self._under_way = None
+        if error is not None:
+            self._book()
+            for news in self._news:
+                if news.is_done:
+                    news.request.new.on_answer(_answer(news.request, final_tokens(news.written, news.request.new)))
+        self._unbooked = None
         self._news.clear()
         for request in self.scheduler.reset():
             if error is not None:
                 request.new.on_answer(_answer(request, [], error))
 
-    # ---- the three parts of a step ----
+    # ---- the parts of a step ----
 
-    def _settle(self) -> None:
-        """Wait for the forward under way and book what it did."""
-        if self._under_way is None:
-            return
-        forward, pending = self._under_way
-        report = pending.wait()
-        self._under_way = None
+    def _launch_ahead(self, forward: Forward) -> tuple[Forward, Pending] | None:
+        """Launch the next forward behind the one under way, if it is known already."""
+        if not self.runner.runs_ahead or not self.scheduler.can_repeat(forward):
+            return None
         seats = forward.seats
-        took_part = seats.is_decoding[: len(seats)].copy()
-        settled = seats.settle(report)
-        self._learn(forward, report, settled.num_tokens, took_part)
-        for seat in np.flatnonzero(took_part).tolist():
-            request, is_done = seats.requests[seat], bool(settled.is_done[seat])
-            if request.state is State.FINISHED or not (is_done or request.has_listeners):
-                continue
-            request.num_forwards = int(report[seat, NUM_FORWARDS])
-            report_row = report[seat] if request.has_listeners else None
-            self._news.append(News(request, seats, report_row, seats.written[seat].copy(), is_done))
-            if is_done:
-                self.scheduler.remove(request)
+        pending = self.runner.launch_again(seats.lane, num_seats=forward.num_seats, num_rows=forward.num_rows)
+        return None if pending is None else (Forward(seats, forward.num_seats, forward.num_rows, 0, None, []), pending)
+
+    def _glance(self, forward: Forward, report: np.ndarray) -> None:
+        """Take from a report what the next forward depends on."""
+        glance = forward.seats.glance(report)
+        is_told = glance.is_done | (forward.seats.has_listeners[: len(glance.requests)] & glance.took_part)
+        told: list[int] = []
+        if is_told.any():
+            told = [seat for seat in np.flatnonzero(is_told).tolist() if glance.requests[seat].state is not State.FINISHED]
+            for seat in told:
+                if glance.is_done[seat]:
+                    self.scheduler.remove(glance.requests[seat])
+        self._unbooked = glance, told
+
+    def _book(self) -> None:
+        """Write down what the last forward brought, and what there is to tell of it."""
+        if self._unbooked is None:
+            return
+        glance, told = self._unbooked
+        seats = glance.seats
+        seats.book()
+        news: list[News] = []
+        for seat in told:
+            request = glance.requests[seat]
+            request.num_forwards = int(glance.report[seat, NUM_FORWARDS])
+            report = glance.report[seat] if request.has_listeners else None
+            news.append(News(request, seats, report, seats.written[glance.lines[seat]].copy(), bool(glance.is_done[seat])))
+        self._unbooked = None
+        self._news.extend(news)
+        seats.learn(glance)
 
     def _launch(self) -> None:
         """Launch the next forward, a smaller one if memory does not suffice."""
@@ -114,6 +170,7 @@ class Engine:
                     candidates=forward.candidates,
                 )
             except RequestError as error:
+                self._book()
                 if not self.scheduler.failed(forward):
                     self._give_up(forward, error)
                 continue
@@ -126,7 +183,6 @@ class Engine:
         while self._news:
             news = self._news.popleft()
             request = news.request
-            assert news.written is not None, "news comes with what is written"
             if news.report is not None and request.new.on_event is not None:
                 for event in seat_events(news.seats.lane.rounds.read(news.report), request.new.index):
                     request.new.on_event(event)
@@ -147,20 +203,9 @@ class Engine:
     def _give_up(self, forward: Forward, error: RequestError) -> None:
         """Nothing smaller is left to try: those in the forward end with the error."""
         for request in list(forward.seats.requests):
-            written = forward.seats.written[request.seat].copy()
+            written = forward.seats.written[forward.seats.line[request.seat]].copy()
             self.scheduler.remove(request)
             request.new.on_answer(_answer(request, final_tokens(written, request.new), error))
-
-    def _learn(self, forward: Forward, report: np.ndarray, num_tokens: int, took_part: np.ndarray) -> None:
-        slots = forward.seats.key.slots
-        if slots is not None and took_part.any():
-            self.auto.learn(
-                slots.slot_size,
-                forward.candidates,
-                num_requests=int(took_part.sum()),
-                num_tokens=num_tokens,
-                num_rows=int(report[: len(took_part), NUM_ROWS][took_part].sum()),
-            )
 
 
 def _answer(request: Request, token_ids: list[int], error: RequestError | None = None, *, kept: int | None = None) -> Answer:

@@ -1,7 +1,7 @@
-"""What a forward costs by its number of rows, measured on the machine at hand, and what follows from it.
+"""What a forward costs by its number of rows, measured on the machine at hand.
 
 A decoder may prepare the next drafts for several accepted lengths in the same forward: more rows, fewer forwards, the same tokens. How
-many pay depends on where the cost of a forward stops being flat, so it is measured and not guessed.
+many pay, and which decoder does, depends on where the cost of a forward stops being flat, so it is measured and not guessed.
 """
 
 import hashlib
@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from refusion import hub
+from refusion import __version__, hub
 from refusion.atomic import atomic_file
 from refusion.engine.network import FlatNetwork, KeyValues
+from refusion.engine.shapes import LONE_TILE_ROWS, TILE_ROWS
 from refusion.model.rows import Rows, Spans, Tiles
 
 CPU_WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -39,19 +40,6 @@ class CostTable:
         return (self.seconds[-1] - self.seconds[-2]) / (self.widths[-1] - self.widths[-2])
 
 
-def choose_candidates(costs: CostTable, rows: Sequence[float], accepted: np.ndarray, share_judged: float) -> int:
-    """How many accepted lengths to prepare for: the number that makes decoding fastest.
-
-    rows[a]: rows of the forward if a lengths are prepared; accepted[n]: how often a slot advanced by n tokens so far;
-    share_judged: share of the requests whose drafts this forward judges. A request whose length was not prepared needs one forward more.
-    """
-    total = accepted.sum()
-    uncovered = 1.0 - np.cumsum(accepted)[: len(rows)] / total if total else np.full(len(rows), 0.5)
-    uncovered = np.pad(uncovered, (0, len(rows) - len(uncovered)))
-    expected = np.asarray(costs.cost(np.asarray(rows))) * (1.0 + share_judged * uncovered)
-    return int(expected.argmin())
-
-
 def measured_costs(network: FlatNetwork) -> CostTable:
     """The cost table of this network on this machine; measured once (seconds), then read from the cache directory."""
     path = hub.cache_dir() / "costs" / f"{_fingerprint(network)}.json"
@@ -65,12 +53,12 @@ def measured_costs(network: FlatNetwork) -> CostTable:
 
 
 def measure(network: FlatNetwork, widths: Sequence[int], repeats: int = 5) -> CostTable:
-    """Median seconds of a forward with its readout, one request with NUM_CACHED tokens in the cache."""
+    """Least seconds of a forward with its readout, one request with NUM_CACHED tokens in the cache: what disturbs only adds."""
     seconds = []
     for width in widths:
         forward = _forward_of(network, width)
         run = _captured(forward) if network.device.type == "cuda" else forward
-        seconds.append(_median_seconds(run, network.device, repeats))
+        seconds.append(_least_seconds(run, network.device, repeats))
     monotone = np.maximum.accumulate(seconds)  # noise must not make a wider forward cheaper
     return CostTable(tuple(widths), tuple(float(value) for value in monotone))
 
@@ -79,13 +67,13 @@ def _forward_of(network: FlatNetwork, width: int) -> Callable[[], None]:
     device = network.device
     rows = Rows.empty(width, device)
     rows.token_ids.copy_(torch.arange(width) % network.config.vocab_size)
-    rows.positions.copy_(torch.arange(width) + NUM_CACHED)
+    rows.positions.copy_((torch.arange(width) + NUM_CACHED) % network.config.max_position_embeddings)
     rows.rank.copy_(torch.arange(width))
     rows.seat.zero_()
     one = torch.ones(1, dtype=torch.int32, device=device)
     table = torch.arange(NUM_CACHED // 16, dtype=torch.int32, device=device)[None]
     spans = Spans(one * NUM_CACHED, one * 0, one * 0, one * 0, one * width, table, 16)
-    block = 16
+    block = TILE_ROWS if width > 1 else LONE_TILE_ROWS
     first = torch.arange(0, width, block, dtype=torch.int32, device=device)
     tiles = Tiles(torch.zeros_like(first), first, (first + block).clamp(max=width), block)
     pool = KeyValues.empty(network.config, NUM_CACHED, device, network.dtype)
@@ -107,7 +95,7 @@ def _captured(forward: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _median_seconds(run: Callable[[], None], device: torch.device, repeats: int) -> float:
+def _least_seconds(run: Callable[[], None], device: torch.device, repeats: int) -> float:
     taken = []
     for _ in range(repeats + 2):
         if device.type == "cuda":
@@ -117,12 +105,13 @@ def _median_seconds(run: Callable[[], None], device: torch.device, repeats: int)
         if device.type == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
-    return float(np.median(taken[2:]))
+    return min(taken[2:])
 
 
 def _fingerprint(network: FlatNetwork) -> str:
-    """Changes with whatever changes the costs: model shape, dtype, operations, device, threads, torch."""
+    """Changes with whatever changes the costs: model shape, dtype, operations and their version, device, threads, torch."""
     device = torch.cuda.get_device_name(network.device) if network.device.type == "cuda" else f"cpu-{torch.get_num_threads()}"
-    shape = {**asdict(network.config), "dtype": str(network.dtype), "ops": type(network.ops).__name__}
+    ops = [type(network.ops).__name__, str(getattr(network.ops, "quantization", None)), __version__]
+    shape = {**asdict(network.config), "dtype": str(network.dtype), "ops": ops}
     said = json.dumps([shape, device, torch.__version__], sort_keys=True, default=str)
     return hashlib.sha256(said.encode()).hexdigest()[:16]

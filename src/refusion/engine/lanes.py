@@ -1,6 +1,5 @@
 """A lane: requests that can share a forward, and their state on the device."""
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,14 +7,15 @@ import torch
 from torch import Tensor
 
 from refusion.decoding.params import SlotSettings
+from refusion.decoding.refusion_report import AGENDA
 from refusion.decoding.refusion_rounds import RefusionRounds
-from refusion.decoding.rounds import AutoregressiveRounds, Rounds
+from refusion.decoding.rounds import AutoregressiveRounds
+from refusion.decoding.state import DONE
+from refusion.engine.changes import QueuedTable
 from refusion.engine.shapes import Shape
 from refusion.model.rows import PADDING, Spans, Tiles
 
 # B = seats, M = pages of a seat, R = report columns, N = tiles
-
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,80 +34,129 @@ class LaneKey:
     has_top_p: bool
 
 
-class Lane:
-    """Device state of the seats of one lane, and the host's copy of their page table."""
+@dataclass(slots=True)
+class Captured:
+    """What the runner keeps of a shape: None has run once and is captured next time."""
 
-    def __init__(self, key: LaneKey, rounds: Rounds, num_seats: int, pages_per_seat: int, page_size: int, device: torch.device) -> None:
-        self.key, self.rounds, self.number = key, rounds, next(_numbers)
+    graph: "torch.cuda.CUDAGraph | None" = None
+
+
+class Lane:
+    """Device state of the seats of one lane, and what the host knows of it. Changes reach the device with `upload`, all together."""
+
+    def __init__(
+        self,
+        key: LaneKey,
+        rounds: RefusionRounds | AutoregressiveRounds,
+        num_seats: int,
+        pages_per_seat: int,
+        page_size: int,
+        device: torch.device,
+    ) -> None:
+        self.key, self.rounds = key, rounds
+        self.table = rounds.table = QueuedTable(rounds.table)
         is_cuda = device.type == "cuda"
-        cached, prompt_start, prompt_end, row_start, row_end = torch.zeros(5, num_seats, dtype=torch.int32, device=device)
+        self.bounds = torch.zeros(5, num_seats, dtype=torch.int32, device=device)
         page_table = torch.zeros(num_seats, pages_per_seat, dtype=torch.int32, device=device)
+        cached, prompt_start, prompt_end, row_start, row_end = self.bounds
         self.spans = Spans(cached, prompt_start, prompt_end, row_start, row_end, page_table, page_size)
-        self.temperature = torch.ones(num_seats, device=device)
-        self.top_p = torch.ones(num_seats, device=device)
-        self.report_host = torch.zeros(num_seats, rounds.report_width, dtype=torch.int32, pin_memory=is_cuda)
-        self.page_table_host = torch.zeros(num_seats, pages_per_seat, dtype=torch.int32, pin_memory=is_cuda)
-        self.has_new_pages = False
+        self.sampling = torch.ones(2, num_seats, device=device)
+        self.temperature, self.top_p = self.sampling
+        self._page_staging = torch.zeros(num_seats, pages_per_seat, dtype=torch.int32, pin_memory=is_cuda)
+        self._cached_staging = torch.zeros(num_seats, dtype=torch.int32, pin_memory=is_cuda)
+        self._sampling_staging = torch.ones(2, num_seats, pin_memory=is_cuda)
+        self.page_table_host = self._page_staging.numpy()
+        """[B, M]; changes between forwards only, since it is uploaded from where it lies."""
+        self.cached_host = np.zeros(num_seats, dtype=np.int32)
+        """[B] committed tokens. Who changes it otherwise than the device does says so with `has_new_cached`."""
+        self.sampling_host = self._sampling_staging.numpy()
+        self.has_new_pages = self.has_new_cached = self.has_new_sampling = False
+        # Two, since a forward may be launched before the report of the last one is read.
+        self._reports = torch.zeros(2, num_seats, rounds.report_width, dtype=torch.int32, pin_memory=is_cuda)
+        self._report_views: dict[tuple[int, int], tuple[Tensor, Tensor, np.ndarray]] = {}
+        self._turn = 0
         self.tile_buffers: dict[int, Tensor] = {}  # number of tiles -> [3, N]
+        self.captured: dict[Shape, Captured] = {}
 
     def set_pages(self, seat: int, pages: list[int], first: int = 0) -> None:
-        """Entries of a seat's page table from `first` on; they reach the device with the next forward."""
-        self.page_table_host[seat, first : first + len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        """Entries of a seat's page table from `first` on."""
+        self.page_table_host[seat, first : first + len(pages)] = pages
         self.has_new_pages = True
 
     def set_cached(self, seat: int, cached: int) -> None:
         """Number of committed tokens of a seat."""
-        self.spans.cached[seat] = cached
+        self.cached_host[seat] = cached
+        self.has_new_cached = True
 
     def set_sampling(self, seat: int, temperature: float, top_p: float) -> None:
         """How a seat's tokens are drawn, in a lane that is not greedy."""
-        self.temperature[seat] = temperature
-        self.top_p[seat] = top_p
+        self.sampling_host[:, seat] = temperature, top_p
+        self.has_new_sampling = True
 
     def move(self, source: int, target: int) -> None:
         """Put the request of one seat on another."""
-        self.rounds.move(source, target)
+        self.table.move(source, target)
         self.page_table_host[target] = self.page_table_host[source]
-        self.has_new_pages = True
-        for tensor in (self.spans.cached, self.temperature, self.top_p):
-            tensor[target] = tensor[source]
+        self.cached_host[target] = self.cached_host[source]
+        self.sampling_host[:, target] = self.sampling_host[:, source]
+        self.has_new_pages = self.has_new_cached = True
+        self.has_new_sampling = not self.key.is_greedy
 
-    def upload_pages(self) -> None:
-        """Bring the page table to the device if it has changed."""
+    def retire(self, seat: int) -> None:
+        """The seat takes no more rows."""
+        if isinstance(self.rounds, AutoregressiveRounds):
+            self.table.write(seat, {"prompt_length": 0, "seed": 0, "max_tokens": 0, "is_done": 1})
+        else:
+            nothing = {"prompt_length": 0, "seed": 0, "phase": DONE, "num_drafts": 0, "num_forwards": 0}
+            width = self.rounds.width
+            self.table.write(seat, nothing | {"agenda": [DONE, *[0] * (AGENDA - 1), *[-1] * width, *[0] * width]})
+
+    def clear(self) -> None:
+        """Retire all seats, whatever was to change."""
+        self.table.forget()
+        for seat in range(len(self.cached_host)):
+            self.retire(seat)
+
+    def upload(self, num_seats: int) -> None:
+        """Bring what has changed to the device. What was uploaded before must have arrived."""
+        self.table.apply()
         if self.has_new_pages:
-            self.spans.page_table.copy_(self.page_table_host, non_blocking=True)
+            self.spans.page_table[:num_seats].copy_(self._page_staging[:num_seats], non_blocking=True)
             self.has_new_pages = False
+        if self.has_new_cached:
+            self._cached_staging.numpy()[:] = self.cached_host
+            self.spans.cached.copy_(self._cached_staging, non_blocking=True)
+            self.has_new_cached = False
+        if self.has_new_sampling:
+            self.sampling.copy_(self._sampling_staging, non_blocking=True)
+            self.has_new_sampling = False
+
+    def copy_report(self, num_seats: int) -> np.ndarray:
+        """Send the report of the forward just launched to the host; the array [B, R] it arrives in is used again after the next one."""
+        self._turn ^= 1
+        views = self._report_views.get((num_seats, self._turn))
+        if views is None:
+            host = self._reports[self._turn, :num_seats]
+            views = self._report_views[num_seats, self._turn] = self.rounds.report[:num_seats], host, host.numpy()
+        views[1].copy_(views[0], non_blocking=True)
+        return views[2]
 
     def spans_of(self, num_seats: int) -> Spans:
         """Views of the first seats."""
-        spans = self.spans
-        return Spans(
-            spans.cached[:num_seats],
-            spans.prompt_start[:num_seats],
-            spans.prompt_end[:num_seats],
-            spans.row_start[:num_seats],
-            spans.row_end[:num_seats],
-            spans.page_table[:num_seats],
-            spans.page_size,
-        )
+        cached, prompt_start, prompt_end, row_start, row_end = self.bounds[:, :num_seats]
+        return Spans(cached, prompt_start, prompt_end, row_start, row_end, self.spans.page_table[:num_seats], self.spans.page_size)
 
-    def tiles_of(self, shape: Shape) -> Tiles:
-        """The tile buffers of a shape, at fixed addresses."""
+    def tile_buffer(self, shape: Shape) -> Tensor:
+        """[3, N] tiles of a shape, at fixed addresses."""
         if shape.num_tiles not in self.tile_buffers:
             buffer = torch.zeros(3, shape.num_tiles, dtype=torch.int32, device=self.spans.cached.device)
             buffer[0] = PADDING
             self.tile_buffers[shape.num_tiles] = buffer
-        return Tiles(*self.tile_buffers[shape.num_tiles], block=shape.block)
+        return self.tile_buffers[shape.num_tiles]
 
-    def write_prompt_tiles(self, shape: Shape, spans: list[tuple[int, int, int]]) -> None:
-        """Cut the prompt rows of each (seat, start, end) into query tiles, in front of the decode tiles."""
-        tiles = np.zeros((3, shape.num_prompt_tiles), dtype=np.int32)
-        tiles[0] = PADDING
-        cut = [(seat, first, min(first + shape.block, end)) for seat, start, end in spans for first in range(start, end, shape.block)]
-        tiles[:, : len(cut)] = np.array(cut, dtype=np.int32).T
-        buffers = self.tiles_of(shape)
-        for target, source in zip((buffers.seat, buffers.first, buffers.end), torch.from_numpy(tiles).to(buffers.seat.device), strict=True):
-            target[: shape.num_prompt_tiles] = source
+    def tiles_of(self, shape: Shape) -> Tiles:
+        """The same as tiles."""
+        return Tiles(*self.tile_buffer(shape), block=shape.block)
 
 
 def new_lane(
@@ -123,7 +172,6 @@ def new_lane(
 ) -> Lane:
     """Device state for requests that share `key`; max_rows: most decode rows of a forward."""
     eos_ids = torch.tensor(key.eos_ids, dtype=torch.long, device=device)
-    rounds: Rounds
     if key.slots is None:
         rounds = AutoregressiveRounds(num_seats, eos_ids=eos_ids, device=device, use_kernels=use_kernels, max_rows=max_rows)
     else:

@@ -4,7 +4,7 @@ Plain torch operations are the reference; Triton kernels, prepacked CPU products
 functions. Nothing here depends on data: shapes are those of the given rows, so a forward can be captured in a CUDA graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from refusion.decoding.forward import Readout
+from refusion.decoding.params import MAX_SLOT_SIZE
 from refusion.model.config import ModelConfig
 from refusion.model.rows import Rows, Spans, Tiles
 from refusion.model.transformer import Attention, DecoderLayer, Transformer
@@ -23,15 +24,24 @@ Weight = Any  # a Tensor [N, K], or what `Ops.prepare` made of one
 
 
 class Ops(Protocol):
-    """Operations of the network; `refusion.model.ops` and `refusion.model.attention_ops` say what each computes."""
+    """Operations of the network; `refusion.model.ops` and `refusion.model.attention_ops` say what each computes.
+
+    `prefetch` is the weight that is read next: an operation may bring it closer meanwhile, and may ignore it.
+    """
 
     def prepare(self, weight: Tensor) -> Weight: ...
 
-    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor: ...
+    def norm_linear(
+        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None, *, prefetch: Weight | None = None
+    ) -> Tensor: ...
 
-    def norm_gated(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor: ...
+    def norm_gated(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, prefetch: Weight | None = None) -> Tensor: ...
 
-    def linear_add(self, x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None) -> Tensor: ...
+    def linear_add(
+        self, x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None, *, prefetch: Weight | None = None
+    ) -> Tensor:
+        """The result may take the place of `residual`."""
+        ...
 
     def rotate_and_store(
         self,
@@ -64,6 +74,8 @@ class Ops(Protocol):
         spans: Spans,
         tiles: Tiles,
         plan: Any,
+        *,
+        prefetch: Weight | None = None,
     ) -> Tensor: ...
 
     def readout(
@@ -90,6 +102,16 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightsAfter:
+    """The weight that is read next after attention and after each product of a layer."""
+
+    attention: Weight | None = None
+    output: Weight | None = None
+    gate_up: Weight | None = None
+    down: Weight | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class KeyValues:
     """Keys and values of all layers: the page pool [L, R, H, D], or the rows of one forward [L, T, H, D]."""
 
@@ -113,13 +135,16 @@ class FlatNetwork:
     def __init__(self, model: Transformer, ops: Ops) -> None:
         """The network shares the weights of `model`, but for those that `ops.prepare` replaces."""
         self.config, self.ops = model.config, ops
+        self.is_prefetching = True  # a switch for measurements
         self.device, self.dtype = model.device, model.dtype
         self.embedding = model.embed_tokens.weight
         self.layers = [_layer_weights(layer, ops.prepare) for layer in model.layers if isinstance(layer, DecoderLayer)]
         self.final_norm = model.norm.weight
         self.head = ops.prepare(model.lm_head.weight)
-        angles = torch.arange(model.config.max_position_embeddings, device=self.device).float()[:, None] * model.inv_freq
-        self.cos, self.sin = angles.cos(), angles.sin()  # [max_position_embeddings, D / 2] float32
+        # The last slot of an answer may reach past the last token that is wanted, and so past the context.
+        positions = torch.arange(model.config.max_position_embeddings + MAX_SLOT_SIZE, device=self.device)
+        angles = positions.float()[:, None] * model.inv_freq
+        self.cos, self.sin = angles.cos(), angles.sin()  # [positions, D / 2] float32
 
     @torch.no_grad()
     def forward(self, rows: Rows, spans: Spans, tiles: Tiles, pool: KeyValues, new: KeyValues) -> Tensor:
@@ -129,15 +154,22 @@ class FlatNetwork:
         eps = config.rms_norm_eps
         plan = ops.plan_attention(rows, spans, tiles)
         hidden = torch.nn.functional.embedding(rows.token_ids, self.embedding)
-        for index, layer in enumerate(self.layers):
-            qkv = ops.norm_linear(hidden, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
+        for index, (layer, after) in enumerate(zip(self.layers, self._weights_after(), strict=True)):
+            qkv = ops.norm_linear(hidden, layer.input_norm, eps, layer.qkv, layer.qkv_bias)  # attention prefetches
             keys, values = new.keys[index], new.values[index]
             query = ops.rotate_and_store(qkv, rows.positions, self.cos, self.sin, layer.q_norm, layer.k_norm, eps, *heads, keys, values)
-            mixed = ops.attend(query, keys, values, pool.keys[index], pool.values[index], rows, spans, tiles, plan)
-            hidden = ops.linear_add(mixed, layer.output, hidden, layer.output_bias)
-            gated = ops.norm_gated(hidden, layer.post_norm, eps, layer.gate_up)
-            hidden = ops.linear_add(gated, layer.down, hidden)
+            pages = pool.keys[index], pool.values[index]
+            mixed = ops.attend(query, keys, values, *pages, rows, spans, tiles, plan, prefetch=after.attention)
+            hidden = ops.linear_add(mixed, layer.output, hidden, layer.output_bias, prefetch=after.output)
+            gated = ops.norm_gated(hidden, layer.post_norm, eps, layer.gate_up, prefetch=after.gate_up)
+            hidden = ops.linear_add(gated, layer.down, hidden, prefetch=after.down)
         return hidden
+
+    def _weights_after(self) -> Iterator[WeightsAfter]:
+        """For each layer; none if nothing shall be prefetched."""
+        following = [*(layer.qkv for layer in self.layers[1:]), self.head]
+        for layer, down in zip(self.layers, following, strict=True):
+            yield WeightsAfter(layer.output, layer.gate_up, layer.down, down) if self.is_prefetching else WeightsAfter()
 
     @torch.no_grad()
     def readout(self, hidden: Tensor, bias_banned: Tensor, given_ids: Tensor) -> Readout:

@@ -1,5 +1,6 @@
 """Sets of operations for `FlatNetwork`: plain torch (the reference), and Triton kernels."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class PlainOps:
         spans: Spans,
         tiles: Tiles,
         plan: Any,
+        *,
+        prefetch: Any = None,
     ) -> Tensor:
         return attention_ops.attend(query, new_keys, new_values, keys, values, rows, spans, plan=plan)
 
@@ -54,7 +57,8 @@ class TritonOps:
         # Imported here: a machine without Triton runs everything else.
         from refusion.model.kernels import attention, linear, readout, rotary, store
 
-        self.norm_linear, self.norm_gated, self.linear_add = linear.norm_linear, linear.norm_gated, linear.linear_add
+        self.norm_linear, self.norm_gated = linear.norm_linear, linear.norm_gated
+        self.linear_add = partial(linear.linear_add, in_place=True)
         self.readout, self.rotate_and_store, self.store_rows = readout.readout, rotary.rotate_and_store, store.store_rows
         self._attend = attention.attend
         self.quantization: Kind | None = quantization
@@ -78,5 +82,7 @@ class TritonOps:
         spans: Spans,
         tiles: Tiles,
         plan: Any,
+        *,
+        prefetch: Any = None,
     ) -> Tensor:
-        return self._attend(query, new_keys, new_values, keys, values, rows, spans, tiles, plan)
+        return self._attend(query, new_keys, new_values, keys, values, rows, spans, tiles, plan, in_place=True, prefetch=prefetch)

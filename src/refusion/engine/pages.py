@@ -10,16 +10,20 @@ class PagePool:
         self.num_pages = num_pages
         self.num_free = num_pages
         self._references = np.zeros(num_pages, dtype=np.int32)
+        self._next = 0  # behind the pages given out last; free, if nothing has been given back below
 
     def allocate(self, count: int, after: int = -1) -> list[int]:
         """`count` free pages with one reference each, neighbours where possible, best right behind page `after`."""
         assert count <= self.num_free, f"{count} pages wanted, {self.num_free} are free"
         pages = self._neighbours(after + 1, count) if after >= 0 else []
+        pages = pages or self._neighbours(self._next, count)
         if not pages and count:
             free = np.flatnonzero(self._references == 0)
             pages = free[_first_run(free, count) :][:count].tolist()
         self._references[pages] = 1
         self.num_free -= count
+        if pages:
+            self._next = pages[-1] + 1
         return pages
 
     def share(self, pages: list[int]) -> None:

@@ -7,6 +7,7 @@ operation by operation. Who runs, and with which pages, is the scheduler's busin
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,15 +15,19 @@ from torch import Tensor
 
 from refusion.decoding.forward import Readout
 from refusion.decoding.rounds import sampled_readout
-from refusion.engine.lanes import Lane, LaneKey, new_lane
+from refusion.engine.lanes import Captured, Lane, LaneKey, new_lane
 from refusion.engine.network import FlatNetwork, KeyValues
-from refusion.engine.shapes import PROMPT_ROWS, Shape, at_least, row_bucket
+from refusion.engine.shapes import LONE_TILE_ROWS, PROMPT_ROWS, TILE_ROWS, Shape, at_least, row_bucket
 from refusion.errors import RequestError
 from refusion.model.rows import PADDING, PROMPT, Rows
 
-# B = seats, P = prompt rows, T = decode rows, R = report columns
+# B = seats, P = prompt rows, T = decode rows, R = report columns, N = tiles
 
 OUT_OF_MEMORY = "out of memory in a forward; lower max_num_seqs, max_prompt_rows or cache_tokens of EngineSettings"
+NUM_FIELDS = 10
+"""Numbers of a prompt row: the eight fields of `Rows` in their order, then which row is stored in which row of the page pool."""
+SEAT, SEGMENT, RANK, PARENT = 2, 3, 4, 5
+Array = TypeVar("Array", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +40,21 @@ class PromptRows:
     spans: list[tuple[int, int, int]]  # (seat, start, end) in rows
 
 
+NO_PROMPT = PromptRows(*np.zeros((3, 0), dtype=np.int32), spans=[])
+
+
 @dataclass(frozen=True, slots=True)
 class Pending:
     """A forward under way."""
 
-    report: Tensor  # [B, R] int32, pinned on a GPU
+    report: np.ndarray  # [B, R] int32, in pinned memory on a GPU
     event: "torch.cuda.Event | None"
 
     def wait(self) -> np.ndarray:
         """The report [B, R]; the one moment at which the host waits for the device."""
         if self.event is not None:
             self.event.synchronize()
-        return self.report.numpy().copy()
+        return self.report.copy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +92,22 @@ class Runner:
             self.scratch = KeyValues.empty(config, max_rows, self.device, network.dtype)
         except torch.OutOfMemoryError as error:
             raise RequestError("out of memory for the KV cache; lower cache_tokens or max_num_seqs of EngineSettings") from error
-        self.rows = Rows.empty(max_rows, self.device)
+        # [10, rows] with the rows of a forward and what is stored of its prompt; the numbers of prompt rows come in one piece.
+        self.row_fields = torch.zeros(NUM_FIELDS, max_rows, dtype=torch.int32, device=self.device)
+        self.row_fields[SEAT] = PADDING
+        self.row_fields[8:] = -1
+        *fields, self.prompt_sources, self.prompt_targets = self.row_fields
+        self.rows = Rows(*fields)
         self.bias_banned = torch.zeros(config.vocab_size, device=self.device).index_fill_(0, banned_ids, -torch.inf)
-        self.prompt_sources = torch.arange(max_rows, dtype=torch.int32, device=self.device)
-        self.prompt_targets = torch.full((max_rows,), -1, dtype=torch.int32, device=self.device)
-        self.graphs: dict[tuple[int, Shape], torch.cuda.CUDAGraph | None] = {}  # None: has run once, captured next time
+        num_staged = (NUM_FIELDS + 3) * max_rows + 2 * max_seats  # every row may be a tile of its own
+        self._prompt_staging = torch.zeros(num_staged, dtype=torch.int32, pin_memory=self.is_cuda)
+        self._prompt_staged = torch.zeros(num_staged, dtype=torch.int32, device=self.device)
+        self.runs_ahead = self.is_cuda
+        """Whether a forward may be launched before the report of the last one is read."""
+        self.num_first_runs = 0
+        """Forwards so far that were no replays of a graph; beside a replay, the others are slow."""
         self.graph_memory = None
+        self._num_graphs = 0
         self.timings: list[tuple[torch.cuda.Event, torch.cuda.Event]] | None = None
         """Set it to a list to collect a pair of CUDA events around the device work of every forward."""
 
@@ -108,27 +126,60 @@ class Runner:
 
     def drop_lane(self, lane: Lane) -> None:
         """Forget a lane and its graphs."""
-        self.graphs = {key: graph for key, graph in self.graphs.items() if key[0] != lane.number}
-        if not any(self.graphs.values()):
+        self.synchronize()  # the last one may still run
+        self._num_graphs -= sum(captured.graph is not None for captured in lane.captured.values())
+        lane.captured.clear()
+        if self._num_graphs == 0:
             self.graph_memory = None  # a pool without graphs is gone
 
     def launch(self, lane: Lane, *, num_seats: int, num_rows: int, prompt: PromptRows | None, candidates: int) -> Pending:
         """One forward of the first `num_seats` seats, with room for `num_rows` decode rows; returns at once on a GPU.
 
-        Raises `RequestError` if memory does not suffice.
+        Whatever was launched before must have ended. Raises `RequestError` if memory does not suffice.
         """
         shape = self._shape(lane, num_seats, num_rows, 0 if prompt is None else len(prompt.token_ids), candidates)
         assert shape.num_prompt_rows + shape.num_rows <= self.max_rows, f"{shape} needs more than {self.max_rows} rows"
         try:
-            lane.upload_pages()
+            lane.upload(num_seats)
             if prompt is not None:
-                self._write_prompt(lane, shape, prompt)
-            if not self.is_cuda:
-                self._forward(lane, shape)
-                return Pending(lane.report_host[:num_seats], None)
-            return self._launch_on_gpu(lane, shape)
+                self._write_prompt(shape, prompt)
+            return self._launch(lane, shape)
+        except torch.OutOfMemoryError as error:
+            self.synchronize()
+            raise RequestError(OUT_OF_MEMORY) from error
+
+    def launch_again(self, lane: Lane, *, num_seats: int, num_rows: int) -> Pending | None:
+        """One forward more behind the one under way, of the same rows without a prompt; None if its shape is not ready yet.
+
+        For lanes whose rows do not depend on the report.
+        """
+        shape = self._shape(lane, num_seats, num_rows, 0, 0)
+        captured = lane.captured.get(shape)
+        if self.is_cuda and (captured is None or captured.graph is None):
+            return None
+        return self._launch(lane, shape)
+
+    def warm(self, lane: Lane, *, num_seats: int, num_rows: int, num_prompt_rows: int, candidates: int) -> None:
+        """Make a shape ready: run it twice, so that it is compiled and captured. All seats must be retired: nothing changes.
+
+        Raises `RequestError` if memory does not suffice.
+        """
+        shape = self._shape(lane, num_seats, num_rows, num_prompt_rows, candidates)
+        if shape in lane.captured and lane.captured[shape].graph is not None:
+            return
+        try:
+            lane.upload(num_seats)
+            for _ in range(2):
+                if shape.num_prompt_rows:
+                    self._write_prompt(shape, NO_PROMPT)
+                self._launch(lane, shape).wait()
         except torch.OutOfMemoryError as error:
             raise RequestError(OUT_OF_MEMORY) from error
+
+    def synchronize(self) -> None:
+        """Wait for everything that was launched."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
 
     def swap_out(self, pages: list[int]) -> HostPages:
         """Copies of pages in host memory."""
@@ -147,49 +198,61 @@ class Runner:
 
     def _shape(self, lane: Lane, num_seats: int, num_rows: int, num_prompt_rows: int, candidates: int) -> Shape:
         if not self.is_cuda:
-            return Shape(num_seats, num_prompt_rows, max(num_rows, 1), candidates, block=16)
+            return Shape(num_seats, num_prompt_rows, max(num_rows, 1), candidates, TILE_ROWS)
         num_prompt_rows = at_least(PROMPT_ROWS, num_prompt_rows)
-        is_one_row_each = lane.key.decoder == "autoregressive"
-        rows = num_seats if is_one_row_each else row_bucket(max(num_rows, 1))
-        return Shape(num_seats, num_prompt_rows, rows, candidates, block=4 if is_one_row_each and num_prompt_rows == 0 else 16)
+        if lane.key.slots is None:
+            return Shape(num_seats, num_prompt_rows, num_seats, candidates, TILE_ROWS if num_prompt_rows else LONE_TILE_ROWS)
+        rows = max(num_rows, 1)
+        if num_prompt_rows:
+            rows = max(rows, fewest_rows(lane.key, num_seats))
+        return Shape(num_seats, num_prompt_rows, row_bucket(rows, num_seats, has_prompt=num_prompt_rows > 0), candidates, TILE_ROWS)
 
-    def _write_prompt(self, lane: Lane, shape: Shape, prompt: PromptRows) -> None:
-        """Fill the prompt rows of the static buffers; rows beyond the prompt are padding."""
+    def _write_prompt(self, shape: Shape, prompt: PromptRows) -> None:
+        """Leave the numbers of all prompt rows, the spans of the seats and the query tiles where the forward fetches them."""
         count, total = len(prompt.token_ids), shape.num_prompt_rows
-        fields = np.zeros((9, total), dtype=np.int32)  # the eight fields of Rows in their order, then the targets
-        fields[2] = PADDING
-        fields[8] = -1
-        fields[0, :count], fields[1, :count], fields[8, :count] = prompt.token_ids, prompt.positions, prompt.targets
-        fields[3], fields[5] = PROMPT, -1
-        bounds = np.zeros((2, shape.num_seats), dtype=np.int32)
+        fields, bounds, tiles = _parts(self._prompt_staging.numpy(), shape)
+        fields[:] = 0
+        fields[SEAT], fields[SEGMENT], fields[PARENT], fields[8:] = PADDING, PROMPT, -1, -1
+        fields[0, :count], fields[1, :count] = prompt.token_ids, prompt.positions
+        fields[8, :count], fields[9, :count] = np.arange(count), prompt.targets
+        bounds[:], tiles[:] = 0, 0
+        tiles[0] = PADDING
+        num_tiles = 0
         for seat, start, end in prompt.spans:
-            fields[2, start:end] = seat
-            fields[4, start:end] = np.arange(end - start)
+            fields[SEAT, start:end] = seat
+            fields[RANK, start:end] = np.arange(end - start)
             bounds[:, seat] = start, end
-        device_fields = torch.from_numpy(fields).to(self.device)
-        rows = self.rows.narrow(0, total)
-        names = (rows.token_ids, rows.positions, rows.seat, rows.segment, rows.rank, rows.parent, rows.visible, rows.is_trunk)
-        for target, source in zip((*names, self.prompt_targets[:total]), device_fields, strict=True):
-            target.copy_(source)
-        device_bounds = torch.from_numpy(bounds).to(self.device)
-        lane.spans.prompt_start[: shape.num_seats] = device_bounds[0]
-        lane.spans.prompt_end[: shape.num_seats] = device_bounds[1]
-        lane.write_prompt_tiles(shape, prompt.spans)
+            first = np.arange(start, end, shape.block)
+            mine = slice(num_tiles, num_tiles + len(first))
+            tiles[0, mine], tiles[1, mine], tiles[2, mine] = seat, first, np.minimum(first + shape.block, end)
+            num_tiles += len(first)
+        assert num_tiles <= shape.num_prompt_tiles <= total, f"{num_tiles} prompt tiles, but room for {shape.num_prompt_tiles}"
 
-    def _launch_on_gpu(self, lane: Lane, shape: Shape) -> Pending:
-        started = self._mark()
-        key = (lane.number, shape)
-        if key not in self.graphs:
+    def _fetch_prompt(self, lane: Lane, shape: Shape) -> None:
+        """What `_write_prompt` left, to the device and to its places there."""
+        size = NUM_FIELDS * shape.num_prompt_rows + 2 * shape.num_seats + 3 * shape.num_prompt_tiles
+        self._prompt_staged[:size].copy_(self._prompt_staging[:size], non_blocking=True)
+        fields, bounds, tiles = _parts(self._prompt_staged, shape)
+        self.row_fields[:, : shape.num_prompt_rows].copy_(fields)
+        lane.bounds[1:3, : shape.num_seats].copy_(bounds)
+        lane.tile_buffer(shape)[:, : shape.num_prompt_tiles].copy_(tiles)
+
+    def _launch(self, lane: Lane, shape: Shape) -> Pending:
+        if not self.is_cuda:
             self._forward(lane, shape)
-            self.graphs[key] = None
+            return Pending(lane.copy_report(shape.num_seats), None)
+        started = self._mark()
+        captured = lane.captured.get(shape)
+        if captured is not None and captured.graph is not None:
+            captured.graph.replay()
         else:
-            graph = self.graphs[key] or self._capture(lane, shape)
-            graph.replay()
+            self._run_first(lane, shape, captured)
+        report = lane.copy_report(shape.num_seats)
         done = torch.cuda.Event(enable_timing=self.timings is not None)
         done.record()
         if self.timings is not None and started is not None:
             self.timings.append((started, done))
-        return Pending(lane.report_host[: shape.num_seats], done)
+        return Pending(report, done)
 
     def _mark(self) -> "torch.cuda.Event | None":
         if self.timings is None:
@@ -198,13 +261,23 @@ class Runner:
         event.record()
         return event
 
+    def _run_first(self, lane: Lane, shape: Shape, captured: Captured | None) -> None:
+        """The first forward of a shape, or the second, which is captured."""
+        self.num_first_runs += 1
+        if captured is None:
+            self._forward(lane, shape)
+            lane.captured[shape] = Captured()
+        else:
+            captured.graph = self._capture(lane, shape)
+            captured.graph.replay()
+
     def _capture(self, lane: Lane, shape: Shape) -> "torch.cuda.CUDAGraph":
         """Capturing runs nothing: the state stays as it is until the graph is replayed."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.graph_memory, capture_error_mode="thread_local"):
             self._forward(lane, shape)
         self.graph_memory = self.graph_memory or graph.pool()
-        self.graphs[lane.number, shape] = graph
+        self._num_graphs += 1
         return graph
 
     @torch.no_grad()
@@ -214,6 +287,8 @@ class Runner:
         rows = self.rows.narrow(0, num_prompt + shape.num_rows)
         decode_rows = rows.narrow(num_prompt, shape.num_rows)
         spans, tiles = lane.spans_of(num_seats), lane.tiles_of(shape)
+        if num_prompt:
+            self._fetch_prompt(lane, shape)
         lane.rounds.lay_out(
             decode_rows,
             spans,
@@ -235,7 +310,6 @@ class Runner:
         if num_prompt:
             spans.prompt_start.zero_()
             spans.prompt_end.zero_()
-        lane.report_host[:num_seats].copy_(lane.rounds.report[:num_seats], non_blocking=True)
 
     def _readout(self, lane: Lane, hidden: Tensor, rows: Rows) -> Readout:
         num_rows = hidden.shape[0]
@@ -256,3 +330,21 @@ class Runner:
 
     def _store(self, new: KeyValues, source: Tensor, target: Tensor) -> None:
         self.network.ops.store_rows(new.keys, new.values, self.pool.keys, self.pool.values, source, target)
+
+
+def fewest_rows(key: LaneKey, num_seats: int) -> int:
+    """Decode rows of a forward with prompt rows, at least: fewer would only make more shapes."""
+    assert key.slots is not None, "other lanes have a row for every seat"
+    return max(num_seats // 4, 1) * key.slots.slot_size
+
+
+def _parts(staging: Array, shape: Shape) -> tuple[Array, Array, Array]:
+    """Fields [10, P], bounds [2, B] and tiles [3, N] of a forward's prompt rows, one behind the other."""
+    first = NUM_FIELDS * shape.num_prompt_rows
+    second = first + 2 * shape.num_seats
+    third = second + 3 * shape.num_prompt_tiles
+    return (
+        staging[:first].reshape(NUM_FIELDS, -1),
+        staging[first:second].reshape(2, -1),
+        staging[second:third].reshape(3, -1),
+    )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refusion.engine.auto import ChooseDecoder
-from refusion.engine.candidates import ChooseCandidates
+from refusion.engine.candidates import Candidates
 from refusion.engine.lanes import LaneKey
 from refusion.engine.pages import PagePool
 from refusion.engine.prefix import PrefixCache
@@ -20,6 +20,7 @@ from refusion.engine.requests import NewRequest, Request, State, answer_room, la
 from refusion.engine.runner import PromptRows, Runner
 from refusion.engine.seats import Seats
 from refusion.engine.shapes import seat_bucket
+from refusion.engine.warm_up import Expected
 from refusion.errors import RequestError
 
 # P = prompt rows of a forward
@@ -70,10 +71,10 @@ class Scheduler:
         *,
         prefix_caching: bool,
         choose_decoder: ChooseDecoder,
-        choose_candidates: ChooseCandidates,
+        candidates: Candidates,
     ) -> None:
         self.runner, self.limits = runner, limits
-        self.choose_decoder, self.choose_candidates = choose_decoder, choose_candidates
+        self.choose_decoder, self.candidates = choose_decoder, candidates
         self._full_limits = limits
         self.pool = PagePool(runner.num_pages)
         self.prefix = PrefixCache(self.pool, runner.page_size, is_on=prefix_caching)
@@ -119,7 +120,7 @@ class Scheduler:
                 self._leaving.append(request)
 
     def schedule(self) -> Forward | None:
-        """The next forward; None if there is nothing to do. The forward before it must be settled."""
+        """The next forward; None if there is nothing to do. Those before it must have ended."""
         self._clear_seats()
         if self.num_open == 0:
             return None
@@ -135,10 +136,16 @@ class Scheduler:
 
     def launched(self, forward: Forward) -> None:
         """The forward is under way: its prompt rows will be in the cache."""
+        forward.seats.launched()
         for piece in forward.pieces:
             forward.seats.prefilled(piece.request, piece.end - piece.first)
             self._remember_pages(piece.request)
         self.lanes.move_to_end(forward.seats.key)
+
+    def can_repeat(self, forward: Forward) -> bool:
+        """Whatever the forward under way brings, the same rows come next: nobody arrives, leaves, or needs pages."""
+        seats = forward.seats
+        return self.num_open == len(seats) and not self._leaving and not self.undecided and seats.can_repeat()
 
     def failed(self, forward: Forward) -> bool:
         """Memory did not suffice for the forward, which changed nothing: make the next one smaller. False if it cannot be."""
@@ -166,16 +173,24 @@ class Scheduler:
         for request in open_requests:
             request.state, request.seat, request.pages = State.FINISHED, -1, []
         for seats in self.lanes.values():
-            for seat in range(self.limits.num_seats):
-                seats.lane.rounds.retire(seat)
-            seats.requests.clear()
-            seats.waiting.clear()
+            seats.clear()
         self.pool = PagePool(self.runner.num_pages)
         self.prefix = PrefixCache(self.pool, self.runner.page_size, is_on=self.prefix.is_on)
         self.undecided.clear()
         self._leaving.clear()
         self.num_open, self._blocked = 0, None
         return open_requests
+
+    def expected(self, key: LaneKey, num_requests: int, prompt_tokens: int) -> tuple[Seats, Expected]:
+        """The lane of such requests, and how much of a load of them it takes at once."""
+        seats = self._lane(key)
+        return seats, Expected(
+            num_requests=min(num_requests, seats.num_seats),
+            prompt_tokens=prompt_tokens,
+            most_seats=self.limits.num_seats,
+            prompt_rows=self.limits.prompt_rows,
+            decode_rows=self.limits.decode_rows,
+        )
 
     # ---- lanes ----
 
@@ -186,7 +201,8 @@ class Scheduler:
     def _lane(self, key: LaneKey) -> Seats:
         if key not in self.lanes:
             self._drop_idle_lanes()
-            self.lanes[key] = Seats(key, self.runner.new_lane(key), max(self._seats_that_fit(key), 1))
+            experience = None if key.slots is None else self.candidates.experience(key.slots, key.width)
+            self.lanes[key] = Seats(key, self.runner.new_lane(key), max(self._seats_that_fit(key), 1), experience)
         return self.lanes[key]
 
     def _drop_idle_lanes(self) -> None:
@@ -225,7 +241,7 @@ class Scheduler:
 
     def _grow(self, seats: Seats) -> None:
         """Pages for all that the next forward may commit; the youngest requests make room if they must."""
-        for request in seats.short_of_pages(self.runner.page_size):
+        for request in seats.short_of_pages():
             while request.is_seated and not self._extend(seats, request):
                 victim = _youngest_first(each for lane in self.lanes.values() for each in lane.requests)[0]
                 assert victim.key is not None, "who sits is in a lane"
@@ -233,14 +249,14 @@ class Scheduler:
 
     def _extend(self, seats: Seats, request: Request) -> bool:
         page_size = self.runner.page_size
-        missing = _pages_of(int(seats.wanted(request.seat)), page_size) - len(request.pages)
+        missing = _pages_of(seats.wanted(request.seat), page_size) - len(request.pages)
         if missing <= 0:
             return True  # somebody who moved
         if not self.prefix.make_room(missing):
             return False
         if self.pool.num_free > self.pool.num_pages // 2:
             missing = min(missing + PAGES_AHEAD, _pages_of(int(seats.most_cached[request.seat]), page_size) - len(request.pages))
-        seats.add_pages(request, self.pool.allocate(missing, after=request.pages[-1] if request.pages else -1))
+        seats.add_pages(request, self.pool.allocate(missing, after=request.pages[-1] if request.pages else -1), page_size)
         return True
 
     def _put_aside(self, seats: Seats, request: Request) -> None:
@@ -257,9 +273,9 @@ class Scheduler:
 
     def _admit(self, seats: Seats) -> None:
         """Seats for those who came first, while seats, pages and prompt rows last."""
-        rows_left = self.limits.prompt_rows - sum(
-            len(request.prefill_ids) - request.num_prefilled for request in seats.requests if request.state is State.PREFILLING
-        )
+        if seats.is_full or (seats.next_waiting() is None and not self.undecided):
+            return
+        rows_left = self.limits.prompt_rows - sum(len(request.prefill_ids) - request.num_prefilled for request in seats.prefilling())
         while not seats.is_full and rows_left > 0:
             request = seats.next_waiting()
             if request is None:
@@ -314,33 +330,47 @@ class Scheduler:
 
     def _forward(self, seats: Seats) -> Forward | None:
         """Everybody who decodes, and prompt rows up to the limit; None if there is nobody."""
-        pieces = list(self._pieces(seats))
-        for request in seats.requests:
-            if request.state is State.PREFILLING and request.num_prefilled == len(request.prefill_ids):
-                seats.begin(request)  # all of its prompt was known
-        for piece in pieces:
-            if piece.end == len(piece.request.prefill_ids):
-                seats.begin(piece.request)
         if not seats.requests:
             return None
-        candidates = 0
-        if seats.key.slots is not None:
-            candidates = self.choose_candidates(seats.load(seats.key.slots.candidates()))
+        pieces = self._prefill(seats) if seats.num_prefilling else []
+        candidates, num_rows = self._rows(seats)
         return Forward(
             seats=seats,
             num_seats=min(seat_bucket(len(seats)), self.limits.num_seats),
-            num_rows=seats.num_rows(candidates),
+            num_rows=num_rows,
             candidates=candidates,
             prompt=self._prompt_rows(pieces) if pieces else None,
             pieces=pieces,
         )
 
+    def _rows(self, seats: Seats) -> tuple[int, int]:
+        """For how many accepted lengths drafts are prepared, and the decode rows; fewer lengths if they do not fit."""
+        if seats.experience is None:
+            return 0, seats.num_rows(0)
+        chosen = self.candidates.choose(seats.experience, len(seats))
+        num_rows = seats.num_rows(chosen)
+        if num_rows <= self.limits.decode_rows:
+            return chosen, num_rows
+        for candidates in seats.experience.ladder:
+            if candidates < chosen and (num_rows := seats.num_rows(candidates)) <= self.limits.decode_rows:
+                return candidates, num_rows
+        return 0, seats.num_rows(0)
+
+    def _prefill(self, seats: Seats) -> list[Piece]:
+        """The prompt tokens of the forward; those whose prompt is whole by then take part."""
+        pieces = list(self._pieces(seats))
+        to_come = {piece.request: piece.end for piece in pieces}
+        for request in seats.prefilling():
+            if to_come.get(request, request.num_prefilled) == len(request.prefill_ids):
+                seats.begin(request)
+        return pieces
+
     def _pieces(self, seats: Seats) -> Iterator[Piece]:
         """The next prompt tokens of those who came first."""
         left = self.limits.prompt_rows
-        for request in sorted(seats.requests, key=lambda request: request.arrival):
+        for request in sorted(seats.prefilling(), key=lambda request: request.arrival):
             missing = len(request.prefill_ids) - request.num_prefilled
-            if request.state is State.PREFILLING and missing > 0 and left > 0:
+            if missing > 0 and left > 0:
                 count = min(missing, left)
                 left -= count
                 yield Piece(request, request.num_prefilled, request.num_prefilled + count)

@@ -1,18 +1,22 @@
 """The host's view of a lane: who sits where, how far each is, and what is written. Requests on seats are always 0 .. n-1.
 
 Everything the host needs at every forward is an array over seats, so that a forward in which nobody comes or goes costs a few array
-operations whatever the number of seats.
+operations whatever the number of seats. Of a report, only what the next forward needs is read at once (`glance`); the rest is booked
+while the device computes (`book`).
 """
 
 import heapq
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
+from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import IS_DONE
-from refusion.engine.candidates import Load
-from refusion.engine.commits import advances, commits, is_judged_next
+from refusion.decoding.state import DONE
+from refusion.engine.commits import Demand, commits, fresh_agenda, num_committed
+from refusion.engine.experience import Experience
 from refusion.engine.lanes import Lane, LaneKey
 from refusion.engine.requests import GAP, Request, Saved, State, answer_room
 from refusion.engine.runner import Runner
@@ -21,33 +25,47 @@ from refusion.engine.runner import Runner
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
-    """What a forward came to."""
+class Glance:
+    """A forward that has ended, as its seats were then; they may change before it is booked."""
 
+    seats: "Seats"
+    at: float
+    requests: list[Request]
+    lines: np.ndarray  # [B] where the answers are written
+    took_part: np.ndarray  # [B] bool
     is_done: np.ndarray  # [B] bool
+    before: np.ndarray  # [B, R] the reports of last time
+    report: np.ndarray  # [B, R]
     num_tokens: int  # became final, all seats together
 
 
 class Seats:
     """Requests of one lane: those on seats and those that wait for one."""
 
-    def __init__(self, key: LaneKey, lane: Lane, num_seats: int) -> None:
-        """num_seats: most requests that may run together."""
-        self.key, self.lane, self.num_seats = key, lane, num_seats
+    def __init__(self, key: LaneKey, lane: Lane, num_seats: int, experience: Experience | None) -> None:
+        """num_seats: most requests that may run together. experience: of slot lanes."""
+        self.key, self.lane, self.num_seats, self.experience = key, lane, num_seats, experience
         size = 1 if key.slots is None else key.slots.slot_size
         self.most_committed = key.width * size
         """Tokens one forward can commit for one request."""
         room = -(-key.max_tokens // self.most_committed) * self.most_committed
-        self.accepted = np.zeros(size + 1, dtype=np.int64)  # how often a slot advanced by so many tokens, see `Load`
+        self.demand = Demand(lane.rounds.columns) if isinstance(lane.rounds, RefusionRounds) else None
         self.requests: list[Request] = []
         self.waiting: list[tuple[int, Request]] = []  # a heap by arrival
         self.reports = np.zeros((num_seats, lane.rounds.report_width), dtype=np.int32)  # [B, R] of the last forward
-        self.written = np.full((num_seats, room), GAP, dtype=np.int32)  # [B, N]
-        self.cached = np.zeros(num_seats, dtype=np.int64)
-        self.most_cached = np.zeros(num_seats, dtype=np.int64)  # prompt and all of the answer
-        self.num_pages = np.zeros(num_seats, dtype=np.int64)
-        self.is_decoding = np.zeros(num_seats, dtype=bool)  # not before the last prompt token is on its way
+        self.written = np.full((2 * num_seats, room), GAP, dtype=np.int32)  # [lines, N]
+        self.line = np.zeros(num_seats, dtype=np.int64)  # of each seat
+        # Twice as many lines as seats, the one left longest ago first: an answer can still be booked when its seat is taken again.
+        self._free_lines = deque(range(2 * num_seats))
+        self.cached = lane.cached_host
+        """[B] committed tokens; between two forwards the device has the same."""
+        self.most_cached = np.zeros(num_seats, dtype=np.int32)  # prompt and all of the answer
+        self.room = np.zeros(num_seats, dtype=np.int32)  # tokens that fit the pages
+        self.is_decoding = np.zeros(num_seats, dtype=bool)  # not before the last prompt token is on its way, not behind the last token
         self.is_fresh = np.zeros(num_seats, dtype=bool)  # decoding, but not yet part of a forward
+        self.has_listeners = np.zeros(num_seats, dtype=bool)
+        self.num_forwards = 0  # so far
+        self._unbooked: Glance | None = None
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -59,6 +77,16 @@ class Seats:
     @property
     def is_full(self) -> bool:
         return len(self.requests) >= self.num_seats
+
+    @property
+    def num_prefilling(self) -> int:
+        """Requests on seats whose prompt is not whole yet."""
+        return len(self.requests) - int(np.count_nonzero(self.is_decoding[: len(self.requests)]))
+
+    def prefilling(self) -> list[Request]:
+        """Requests on seats whose prompt is not whole yet, by seat."""
+        seats = np.flatnonzero(~self.is_decoding[: len(self.requests)]).tolist()
+        return [request for seat in seats if (request := self.requests[seat]).state is State.PREFILLING]
 
     def wait(self, request: Request) -> None:
         """Queue up; who came first is first, wherever it has been in between."""
@@ -77,18 +105,21 @@ class Seats:
         self.requests.append(request)
         request.pages = pages
         request.seated_at = request.seated_at or time.perf_counter()
-        self.num_pages[seat] = len(pages)
+        self.room[seat] = len(pages) * runner.page_size
+        self.line[seat] = self._free_lines.popleft()
         self.most_cached[seat] = len(request.prefill_ids) + answer_room(request.new, self.key)
         self.is_fresh[seat] = False
+        self.has_listeners[seat] = request.has_listeners
         self.reports[seat] = 0
+        self._set_phase_done(seat)
         self.lane.set_pages(seat, pages)
         if request.saved is not None:
             self._restore(seat, request.saved, runner)
             request.saved, request.state = None, State.RUNNING
         else:
-            self.written[seat] = GAP
+            self.written[self.line[seat]] = GAP
             self.is_decoding[seat] = False
-            self._set_cached(seat, request.num_prefilled)
+            self.lane.set_cached(seat, request.num_prefilled)
             request.state = State.PREFILLING
         if not self.key.is_greedy:
             self.lane.set_sampling(seat, request.new.sampling.temperature, request.new.sampling.top_p)
@@ -104,94 +135,138 @@ class Seats:
             max_tokens=sampling.max_tokens,
             last_token=int(request.prompt_ids[-1]),
         )
+        if isinstance(self.lane.rounds, RefusionRounds):
+            agenda = fresh_agenda(self.lane.rounds.columns, self.lane.rounds.slots.num_slots(sampling.max_tokens))
+            first = self.lane.rounds.columns.agenda
+            self.reports[seat, first : first + len(agenda)] = agenda
         self.is_decoding[seat] = self.is_fresh[seat] = True
         request.state = State.RUNNING
 
     def unbegin(self, request: Request) -> None:
         """Take `begin` back: the forward did not happen."""
-        self.lane.rounds.retire(request.seat)
+        self.lane.retire(request.seat)
+        self._set_phase_done(request.seat)
         self.is_decoding[request.seat] = self.is_fresh[request.seat] = False
         request.state = State.PREFILLING
 
-    def add_pages(self, request: Request, pages: list[int]) -> None:
+    def launched(self) -> None:
+        """All that decode take part in the forward under way."""
+        self.num_forwards += 1
+        self.is_fresh[: len(self.requests)] = False
+
+    def add_pages(self, request: Request, pages: list[int], page_size: int) -> None:
         """More room for its tokens."""
         self.lane.set_pages(request.seat, pages, first=len(request.pages))
         request.pages += pages
-        self.num_pages[request.seat] = len(request.pages)
+        self.room[request.seat] = len(request.pages) * page_size
 
     def num_rows(self, candidates: int) -> int:
         """Decode rows of the forward to come."""
-        count = len(self)
-        rounds = self.lane.rounds
-        rows = np.where(self.is_fresh[:count], rounds.fresh_rows, rounds.num_rows(self.reports[:count], candidates))
-        return int(rows[self.is_decoding[:count]].sum())
+        count = len(self.requests)
+        if self.demand is None:
+            return int(np.count_nonzero(self.is_decoding[:count]))
+        return self.demand.total(self.reports[:count], candidates)
 
-    def load(self, most: int) -> Load:
-        """What the forward to come looks like to those who choose its candidates, `most` at most."""
-        count = len(self)
-        is_judged = is_judged_next(self.lane.rounds, self.reports[:count]) & self.is_decoding[:count] & ~self.is_fresh[:count]
-        return Load(most, self.num_rows, self.accepted, float(is_judged.mean()))
-
-    def short_of_pages(self, page_size: int) -> list[Request]:
+    def short_of_pages(self) -> list[Request]:
         """Requests whose pages may not hold what the forward to come commits, oldest first."""
-        count = len(self)
-        room = self.num_pages[:count] * page_size
-        is_short = self.is_decoding[:count] & (self.wanted(slice(0, count)) > room)
+        is_short = self._is_short(self.most_committed)
+        if not is_short.any():
+            return []
         return sorted((self.requests[seat] for seat in np.flatnonzero(is_short)), key=lambda request: request.arrival)
 
-    def wanted(self, seat: "int | slice") -> np.ndarray:
+    def wanted(self, seat: int) -> int:
         """Tokens the cache of a seat must hold after the forward to come."""
-        return np.minimum(self.cached[seat] + self.most_committed, self.most_cached[seat])
+        return min(int(self.cached[seat]) + self.most_committed, int(self.most_cached[seat]))
 
-    def settle(self, report: np.ndarray) -> Settled:
-        """Book the report [B, R] of a forward."""
-        count = len(self)
-        took_part = self.is_decoding[:count]
-        goes_on = took_part & ~self.is_fresh[:count]
-        if self.key.slots is not None:
-            self.accepted += advances(self.lane.rounds, self.reports[:count], report[:count], goes_on)
-        self.reports[:count][took_part] = report[:count][took_part]
-        self.is_fresh[:count] = False
-        had_none = self.written[:count, 0] == GAP
-        new = commits(self.lane.rounds, report[:count], took_part)
-        self.written[new.seat, new.place] = new.token
-        self.cached[:count] += np.bincount(new.seat, minlength=count)
-        now = time.perf_counter()
-        for index in np.flatnonzero(had_none & (self.written[:count, 0] != GAP)):
-            self.requests[index].first_token_at = now
-        return Settled(is_done=took_part & (report[:count, IS_DONE] != 0), num_tokens=len(new.seat))
+    def can_repeat(self) -> bool:
+        """The forward after the one under way is the same for everybody who is not done by then, and somebody is not."""
+        count = len(self.requests)
+        return (
+            self.key.slots is None
+            and bool(self.is_decoding[:count].all())
+            and not self._is_short(2).any()  # one token by the forward under way, one by the next
+            and bool((self.most_cached[:count] > self.cached[:count] + 1).any())
+        )
+
+    def _is_short(self, num_tokens: int) -> np.ndarray:
+        count = len(self.requests)
+        wanted = np.minimum(self.cached[:count] + num_tokens, self.most_cached[:count])
+        return self.is_decoding[:count] & (wanted > self.room[:count])
+
+    def glance(self, report: np.ndarray) -> Glance:
+        """What the next forward depends on, from the report [B, R] of the last one; `book` does the rest."""
+        count = len(self.requests)
+        report = report[:count]
+        took_part = self.is_decoding[:count].copy()
+        before = self.reports[:count].copy()
+        new = num_committed(self.lane.rounds, report)
+        is_done = took_part & (report[:, IS_DONE] != 0)
+        if took_part.all():
+            self.reports[:count] = report
+        else:
+            self.reports[:count][took_part] = report[took_part]
+            new = new * took_part
+        self.cached[:count] += new
+        self.is_decoding[:count] &= ~is_done
+        self._unbooked = Glance(
+            self, time.perf_counter(), self.requests.copy(), self.line[:count].copy(), took_part, is_done, before, report, int(new.sum())
+        )
+        return self._unbooked
+
+    def book(self) -> None:
+        """Write down what the last forward brought; to be done before its lines are read."""
+        glance, self._unbooked = self._unbooked, None
+        if glance is None:
+            return
+        new = commits(self.lane.rounds, glance.report, glance.took_part)
+        assert len(new.seat) == glance.num_tokens, f"{len(new.seat)} tokens were committed, {glance.num_tokens} cached"
+        self.written[glance.lines[new.seat], new.place] = new.token
+        for seat in new.seat[new.place == 0].tolist():
+            request = glance.requests[seat]
+            request.first_token_at = request.first_token_at or glance.at
+
+    def learn(self, glance: Glance) -> None:
+        """Remember what slots took and brought; of many requests a part of the forwards says enough."""
+        rounds = self.lane.rounds
+        if self.experience is None or self.demand is None or not isinstance(rounds, RefusionRounds):
+            return
+        if len(glance.requests) <= 8 or self.num_forwards % 4 == 0:
+            self.experience.learn(rounds, self.demand, glance.before, glance.report, glance.took_part, glance.num_tokens)
 
     def leave(self, request: Request) -> list[int]:
         """Take a request from its seat; the last one moves to it. Returns its pages, which it no longer has."""
         seat, last = request.seat, len(self.requests) - 1
+        self._free_lines.append(int(self.line[seat]))
         if seat != last:
             self.lane.move(last, seat)
-            for array in (
-                self.reports,
-                self.written,
-                self.cached,
-                self.most_cached,
-                self.num_pages,
-                self.is_decoding,
-                self.is_fresh,
-            ):
+            for array in (self.reports, self.line, self.most_cached, self.room, self.is_decoding, self.is_fresh, self.has_listeners):
                 array[seat] = array[last]
             self.requests[seat] = self.requests[last]
             self.requests[seat].seat = seat
-        self.lane.rounds.retire(last)
+        self.lane.retire(last)
         self.requests.pop()
         pages, request.pages, request.seat = request.pages, [], -1
         return pages
 
+    def clear(self) -> None:
+        """Nobody sits or waits here any more."""
+        self.lane.clear()
+        self._free_lines.extend(self.line[: len(self.requests)].tolist())
+        self.requests.clear()
+        self.waiting.clear()
+        self.is_decoding[:] = self.is_fresh[:] = False
+        self._unbooked = None
+
     def save(self, request: Request, runner: Runner) -> None:
         """Keep all there is of a decoding request in host memory."""
+        self.book()
         seat, page_size = request.seat, runner.page_size
         num_cached = int(self.cached[seat])
         request.saved = Saved(
             pages=runner.swap_out(request.pages[: -(-num_cached // page_size)]),
             rounds=self.lane.rounds.snapshot(seat),
             report=self.reports[seat].copy(),
-            written=self.written[seat].copy(),
+            written=self.written[self.line[seat]].copy(),
             num_cached=num_cached,
         )
 
@@ -202,17 +277,17 @@ class Seats:
 
     def refresh_cached(self) -> None:
         """Tell the device again how much each seat has cached, after a forward that failed."""
-        for seat in range(len(self)):
-            self.lane.set_cached(seat, int(self.cached[seat]))
+        self.lane.has_new_cached = True
 
     def _restore(self, seat: int, saved: Saved, runner: Runner) -> None:
         request = self.requests[seat]
         runner.swap_in(saved.pages, request.pages[: -(-saved.num_cached // runner.page_size)])
         self.lane.rounds.restore(seat, saved.rounds)
-        self.reports[seat], self.written[seat] = saved.report, saved.written
+        self.reports[seat], self.written[self.line[seat]] = saved.report, saved.written
         self.is_decoding[seat] = True
-        self._set_cached(seat, saved.num_cached)
+        self.lane.set_cached(seat, saved.num_cached)
 
-    def _set_cached(self, seat: int, cached: int) -> None:
-        self.cached[seat] = cached
-        self.lane.set_cached(seat, cached)
+    def _set_phase_done(self, seat: int) -> None:
+        """It needs no rows."""
+        if isinstance(self.lane.rounds, RefusionRounds):
+            self.reports[seat, self.lane.rounds.columns.agenda] = DONE

@@ -1,17 +1,22 @@
 """Which shapes a forward may have. Few enough that each is captured once and replayed often, close enough that little is padded."""
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from typing import NamedTuple
 
+TILE_ROWS = 16
+"""Rows of a query tile."""
+LONE_TILE_ROWS = 4
+"""The same where every request has one row: the matrix units want no more."""
 SEATS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PROMPT_ROWS = (0, 32, 128, 512, 2048, 8192)
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-"""Decode rows; beyond the last one, multiples of a quarter of the next power of two."""
+ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+"""Decode rows of more than one seat; beyond the last one, powers of two."""
+ROWS_ALONE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+"""Decode rows of a single seat, where few shapes occur; beyond the last one, as for many."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a CUDA graph is captured for."""
+class Shape(NamedTuple):
+    """What a CUDA graph is captured for. A tuple, because it is looked up before every forward."""
 
     num_seats: int
     num_prompt_rows: int
@@ -36,14 +41,19 @@ def at_least(sizes: tuple[int, ...], size: int) -> int:
     return sizes[place] if place < len(sizes) else size
 
 
+def power_of_two(size: int) -> int:
+    """The smallest power of two that holds `size`."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
 def seat_bucket(num_seats: int) -> int:
     """Seats a forward for `num_seats` running requests is captured for."""
     return at_least(SEATS, num_seats)
 
 
-def row_bucket(num_rows: int) -> int:
-    """Decode rows a forward for `num_rows` needed ones is captured for."""
-    if num_rows <= ROWS[-1]:
-        return at_least(ROWS, num_rows)
-    step = 1 << max((num_rows - 1).bit_length() - 3, 0)
-    return -(-num_rows // step) * step
+def row_bucket(num_rows: int, num_seats: int = 2, *, has_prompt: bool = False) -> int:
+    """Decode rows a forward for `num_rows` needed ones is captured for. With prompt rows, which cost more, padding is cheap."""
+    if has_prompt:
+        return power_of_two(num_rows)
+    sizes = ROWS_ALONE if num_seats == 1 and num_rows <= ROWS_ALONE[-1] else ROWS
+    return at_least(sizes, num_rows) if num_rows <= sizes[-1] else power_of_two(num_rows)

@@ -1,0 +1,102 @@
+"""Everything that is measured on the 8B carrier, from one build: both decoders on chat and tasks at batch 1, and the eager yardstick.
+
+    python benchmarks/eight_billion.py --device cuda --data heldout.jsonl.gz --tasks-data tasks.jsonl.gz
+    python benchmarks/eight_billion.py --device cuda --quantization int8 --skip-loop ...       # 8-bit weights
+    python benchmarks/eight_billion.py --shape hidden_size=96,... --model TINY                 # a dry run on a CPU
+
+`carrier.py` says what the carrier is, `serving.py` what the figures mean, `transformers_loop.py` what the eager loop is. The small model
+itself runs first in the same dtype, so that tokens per forward and texts can be compared with the carrier's.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import carrier
+import harness
+import serving
+import torch
+import transformers_loop
+
+from refusion import LLM, SamplingParams
+from refusion.decoding.forward import EagerForward
+from refusion.decoding.transformers_network import TransformersNetwork
+from refusion.evaluation.results import Run, to_plain
+from refusion.llm import EngineSettings, RequestOutput
+
+DECODERS = ("autoregressive", "refusion")
+ENGINE = EngineSettings(max_num_seqs=1, prefix_caching=False, cache_tokens=16384)
+
+
+def main() -> None:
+    parser = harness.parser("The 8B carrier at batch 1.", output="eight-billion.json")
+    parser.add_argument("--shape", default="8b", help="8b or NAME=N,...")
+    parser.add_argument("--data", type=Path, default=None, help="chat rows with `query`; by default the shared held-out ones")
+    parser.add_argument("--tasks-data", type=Path, default=None, help="task rows; by default made from the held-out seed")
+    parser.add_argument("--num-prompts", type=int, default=24, help="of each kind")
+    parser.add_argument("--loop-prompts", type=int, default=4, help="chat prompts for the eager transformers loop; 0 leaves it out")
+    args = parser.parse_args()
+    (setting,) = harness.settings(args)
+    sampling = SamplingParams(max_tokens=args.max_tokens)
+    kinds = {"chat": args.data, "tasks": args.tasks_data}
+    rows = {kind: serving.prompt_rows(kind, data, args.num_prompts) for kind, data in kinds.items()}
+    small = LLM.from_pretrained(args.model, device=args.device, dtype=args.dtype or "bfloat16", engine=ENGINE)
+    prompts = {kind: [small.encode(harness.chat(row["query"])) for row in found] for kind, found in rows.items()}
+    expected = {decoder: small.generate(prompts["chat"], sampling, setting.slots, decoder, batch_size=1) for decoder in DECODERS}
+    del small
+
+    started = time.perf_counter()
+    llm = carrier.load_llm(args.model, carrier.Shape.parse(args.shape), device=args.device, dtype=args.dtype, engine=ENGINE)
+    if args.device.startswith("cuda"):
+        torch.cuda.synchronize()
+    runs = [Run(label="build", settings={"shape": args.shape}, figures={"build_seconds": time.perf_counter() - started})]
+    server = serving.Server(llm, setting.slots, sampling)
+    for kind, encoded in prompts.items():
+        loads = serving.loads_at(server, DECODERS, encoded, 1, serving.LEAST_WARM_UP)
+        for decoder, load in loads.items():
+            found = serving.run_of(decoder, load, 1)
+            runs.append(replace(found, label=f"{kind}: {decoder}"))
+            if kind == "chat":
+                same = same_texts(expected[decoder], load.outputs)
+                runs.append(Run(label=f"{decoder}: texts of the small model", settings={}, figures=same))
+        runs.append(replace(serving.comparison(loads, 1), label=f"{kind}: compared"))
+    if args.loop_prompts:
+        runs += eager_loop(llm, setting, replace(sampling, max_tokens=min(args.max_tokens, 64)), prompts["chat"][: args.loop_prompts])
+    for run in runs:
+        print(json.dumps({"label": run.label} | to_plain(run.figures)), flush=True)
+    slots = asdict(setting.slots.resolve(llm.recommended))
+    harness.finish(args, "eight-billion", llm, runs, shape=args.shape, slots=slots, num_prompts=args.num_prompts)
+
+
+def same_texts(expected: list[RequestOutput], found: list[RequestOutput]) -> dict[str, Any]:
+    """How far the carrier writes what the small model writes in the same dtype."""
+    pairs = list(zip(expected, found, strict=True))
+    same_prefix = sum(carrier.common_prefix(a.token_ids, b.token_ids) for a, b in pairs)
+    return {
+        "tokens_per_forward_small": carrier.tokens_per_forward(expected),
+        "tokens_per_forward_carrier": carrier.tokens_per_forward(found),
+        "same_answers_share": sum(a.token_ids == b.token_ids for a, b in pairs) / len(pairs),
+        "same_prefix_share": same_prefix / sum(len(a.token_ids) for a in expected),
+    }
+
+
+def eager_loop(llm: LLM, setting: harness.Setting, sampling: SamplingParams, prompts: list[list[int]]) -> list[Run]:
+    """The same algorithm over an eager `transformers` model on the same weights."""
+    network = TransformersNetwork(carrier.to_transformers(llm.model), llm.config)
+    forward = EagerForward(network, llm.banned_ids())
+    slots = setting.slots.resolve(llm.recommended)
+    runs = []
+    for decoder in DECODERS:
+        loop = transformers_loop.transformers_side(llm, forward, decoder, slots, sampling)
+        engine = transformers_loop.engine_side(llm, decoder, setting, sampling)
+        figures = transformers_loop.compare(loop, engine, prompts)
+        runs.append(Run(label=f"eager transformers: {decoder}", settings={"decoder": decoder}, figures=figures))
+    return runs
+
+
+if __name__ == "__main__":
+    harness.script(main)

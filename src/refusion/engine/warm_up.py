@@ -1,0 +1,73 @@
+"""Which shapes of forwards a load needs, so that all of them can be made ready before the first request comes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from refusion.engine.candidates import Candidates
+from refusion.engine.lanes import LaneKey
+from refusion.engine.runner import fewest_rows
+from refusion.engine.shapes import PROMPT_ROWS, SEATS, at_least, row_bucket
+
+
+@dataclass(frozen=True, slots=True)
+class WantedShape:
+    """What `Runner.warm` makes ready."""
+
+    num_seats: int
+    num_rows: int
+    num_prompt_rows: int
+    candidates: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    """A load."""
+
+    num_requests: int
+    """Most requests that run together."""
+    prompt_tokens: int
+    """Of the longest prompt."""
+    most_seats: int
+    """Of any lane; seat buckets end there."""
+    prompt_rows: int
+    """Most prompt rows of a forward."""
+    decode_rows: int
+    """Most decode rows of a forward."""
+
+
+def wanted_shapes(key: LaneKey, candidates: Candidates, load: Expected) -> Iterator[WantedShape]:
+    """All shapes of a lane under this load, from one request to the most."""
+    least = 1
+    for step in SEATS:
+        num_seats, most = min(step, load.most_seats), min(step, load.num_requests)
+        for num_prompt in _prompt_rows(min(load.prompt_rows, most * load.prompt_tokens)):
+            if key.slots is None:
+                yield WantedShape(num_seats, num_seats, num_prompt, 0)
+            else:
+                yield from _slot_shapes(key, candidates, load, num_prompt, num_seats, (least, most))
+        if most >= load.num_requests:
+            return
+        least = step + 1
+
+
+def _prompt_rows(most: int) -> tuple[int, ...]:
+    """All buckets up to the one that holds `most`."""
+    last = at_least(PROMPT_ROWS, most)
+    return tuple(rows for rows in PROMPT_ROWS if rows <= last)
+
+
+def _slot_shapes(
+    key: LaneKey, candidates: Candidates, load: Expected, num_prompt: int, num_seats: int, seated: tuple[int, int]
+) -> Iterator[WantedShape]:
+    """From the fewest rows of the fewest requests, a slot each, to everything in one forward."""
+    assert key.slots is not None, "slots are cut in slot lanes"
+    size, width = key.slots.slot_size, key.width
+    chosen = candidates.choose(candidates.experience(key.slots, width), seated[1])
+    groups = chosen * size - chosen * (chosen + 1) // 2
+    most_each = width * (2 * size + groups) + (width - 1) * chosen
+    most = row_bucket(min(seated[1] * most_each, load.decode_rows), num_seats, has_prompt=num_prompt > 0)
+    rows = fewest_rows(key, num_seats) if num_prompt else seated[0] * size
+    while (bucket := row_bucket(rows, num_seats, has_prompt=num_prompt > 0)) < most:
+        yield WantedShape(num_seats, bucket, num_prompt, chosen)
+        rows = bucket + 1
+    yield WantedShape(num_seats, most, num_prompt, chosen)

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from engines import Plain, is_idle, new_request, run
+
+from refusion.decoding.params import SlotSettings
+from refusion.decoding.rounds import AutoregressiveRounds
+from refusion.engine.build import moved_network
+from refusion.engine.candidates import Candidates
+from refusion.engine.changes import QueuedTable
+from refusion.engine.commits import commits
+from refusion.engine.core import Engine
+from refusion.engine.costs import CostTable
+from refusion.engine.network import FlatNetwork
+from refusion.engine.ops import PlainOps
+from refusion.engine.requests import Answer, lane_key
+from refusion.engine.runner import PromptRows
+from refusion.engine.shapes import PROMPT_ROWS, ROWS, SEATS, Shape, power_of_two, row_bucket
+from refusion.engine.warm_up import Expected, wanted_shapes
+from refusion.errors import RequestError
+from refusion.model.quantize import QuantizedWeight, quantize
+from refusion.model.rows import PROMPT, plain_tiles
+from refusion.model.transformer import Transformer
+
+NewEngine = Callable[..., Engine]
+COSTS = CostTable((1, 1000), (1.0, 2.0))
+
+
+# ---- changes to seats ----
+
+
+def table() -> tuple[QueuedTable, AutoregressiveRounds]:
+    rounds = AutoregressiveRounds(4, eos_ids=torch.tensor([2]), device=torch.device("cpu"), use_kernels=False)
+    rounds.table.values.copy_(torch.arange(24).view(4, 6))
+    rounds.table = QueuedTable(rounds.table)
+    return rounds.table, rounds
+
+
+def test_changes_wait_and_are_applied_as_if_one_by_one() -> None:
+    queued, rounds = table()
+    rounds.admit(0, prompt_length=100, seed=101, max_tokens=102, last_token=103)
+    queued.move(0, 1)  # with what has just been written
+    queued.move(3, 0)
+    queued.move(1, 2)
+    queued.write(3, {"prompt_length": 7})
+    queued.write(2, {"prompt_length": 8, "seed": 9})
+    assert queued.values.tolist() == torch.arange(24).view(4, 6).tolist()
+    queued.apply()
+    admitted = [100, 101, 102, 0, 103, 0]
+    assert queued.values.tolist() == [[18, 19, 20, 21, 22, 23], admitted, [8, 9, *admitted[2:]], [7, 19, 20, 21, 22, 23]]
+    queued.apply()  # nothing is left
+    assert queued.values[3, 0] == 7
+
+
+def test_seats_can_be_exchanged_saved_and_restored() -> None:
+    queued, _ = table()
+    saved = queued.snapshot(1)
+    queued.move(2, 1)
+    assert queued.snapshot(1)["line"].tolist() == list(range(12, 18))
+    queued.restore(3, saved)
+    queued.write(3, {"prompt_length": -1})
+    queued.apply()
+    assert queued.values[3].tolist() == [-1, *range(7, 12)]
+    queued.write(0, {"prompt_length": 5})
+    queued.forget()
+    queued.apply()
+    assert queued.values[0].tolist() == list(range(6))
+
+
+def test_rows_that_did_not_fit_are_an_error() -> None:
+    _, rounds = table()
+    report = torch.tensor([[0, 1, 0, 1, 1, 7], [0, 1, 3, 1, 0, 0]], dtype=torch.int32).numpy()
+    assert commits(rounds, report, report[:, 2] == 0).token.tolist() == [7]
+    with pytest.raises(AssertionError, match="3 rows of a seat did not fit"):
+        commits(rounds, report, report[:, 2] >= 0)
+
+
+# ---- shapes ----
+
+
+def test_shapes_hold_what_they_are_asked_for() -> None:
+    for rows in range(1, 4097):
+        assert row_bucket(rows) >= rows
+        assert row_bucket(rows) in ROWS
+        assert rows <= row_bucket(rows, 1) <= power_of_two(rows)
+        assert row_bucket(rows, has_prompt=True) == power_of_two(rows)
+    assert row_bucket(5000) == 8192
+
+
+@pytest.mark.parametrize("kind", ["refusion", "autoregressive"])
+@pytest.mark.parametrize("num_requests", [1, 5, 100])
+def test_the_shapes_made_ready_cover_every_number_of_requests(kind: str, num_requests: int) -> None:
+    candidates = Candidates(lambda: COSTS, 4096)
+    key = lane_key(new_request([7], [], decoder=kind, slots=SlotSettings(slot_size=16)), kind)
+    load = Expected(num_requests=num_requests, prompt_tokens=300, most_seats=128, prompt_rows=2048, decode_rows=4096)
+    found = list(wanted_shapes(key, candidates, load))
+    assert len(found) == len(set(found)) <= 250
+    for count in range(1, num_requests + 1):
+        bucket = next(size for size in SEATS if size >= count)
+        here = [shape for shape in found if shape.num_seats == bucket]
+        wanted_prompts = {size for size in PROMPT_ROWS if size <= 2048 and (size == 0 or size < 2 * 300 * bucket)}
+        assert {shape.num_prompt_rows for shape in here} >= wanted_prompts - {2048} or bucket == 1
+        if key.slots is None:
+            assert {shape.num_rows for shape in here} == {bucket}
+            continue
+        (chosen,) = {shape.candidates for shape in here}
+        groups = 16 * chosen - chosen * (chosen + 1) // 2
+        for rows in (16 * count, min(count * (32 + groups), 4096)):
+            assert row_bucket(rows, bucket) in {shape.num_rows for shape in here if shape.num_prompt_rows == 0}
+
+
+@pytest.mark.parametrize("kind", ["refusion", "autoregressive"])
+def test_making_a_shape_ready_changes_nothing(new_engine: NewEngine, plain: Plain, kind: str) -> None:
+    engine, answers = new_engine(), []
+    requests = [new_request([7, 8, index], answers, index=index, decoder=kind) for index in range(6)]
+    for request in requests[:3]:
+        engine.add(request)
+    run(engine)
+    engine.step()
+    seats = engine.scheduler._lane(lane_key(requests[0], kind))
+    before = [engine.runner.pool.keys.clone(), seats.lane.table.values.clone(), seats.lane.spans.cached.clone()]
+    seats.lane.upload(4)
+    before[1] = seats.lane.table.values.clone()
+    for num_prompt in (0, 5):
+        engine.runner.warm(seats.lane, num_seats=4, num_rows=20, num_prompt_rows=num_prompt, candidates=1)
+    after = [engine.runner.pool.keys, seats.lane.table.values, seats.lane.spans.cached]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    for request in requests[3:]:
+        engine.add(request)
+    run(engine)
+    assert all(answer.token_ids == plain(requests[answer.request])[0] for answer in answers)
+    assert engine.warm_up(requests[0], num_requests=4, prompt_tokens=8) == 0  # a CPU has nothing to make ready
+    assert is_idle(engine)
+
+
+def test_nobody_warms_up_an_engine_with_requests(new_engine: NewEngine) -> None:
+    engine = new_engine()
+    engine.add(new_request([7], []))
+    with pytest.raises(RequestError, match="requests to finish"):
+        engine.warm_up(new_request([7], []), num_requests=1, prompt_tokens=1)
+
+
+def test_forwards_are_launched_ahead_only_while_nothing_changes(new_engine: NewEngine, plain: Plain) -> None:
+    engine = new_engine(runs_ahead=True)
+    answers: list[Answer] = []
+    requests = [
+        new_request([7, 8, index], answers, index=index, decoder="autoregressive", eos_ids=(999,), max_tokens=20 + index)
+        for index in range(3)
+    ]
+    for request in requests:
+        engine.add(request)
+    again, ahead = engine.runner.launch_again, 0
+
+    def counted(*args: object, **options: object) -> object:
+        nonlocal ahead
+        ahead += 1
+        return again(*args, **options)  # type: ignore[arg-type]
+
+    engine.runner.launch_again = counted  # type: ignore[method-assign, assignment]
+    for _ in range(8):
+        engine.step()
+    assert ahead >= 6
+    late = new_request([9], answers, index=3, decoder="autoregressive", max_tokens=4)
+    engine.add(late)
+    before = ahead
+    engine.step()
+    assert ahead == before  # somebody waits for a seat
+    run(engine)
+    assert len(answers) == 4
+    assert all((answer.token_ids, answer.num_forwards) == plain([*requests, late][answer.request]) for answer in answers)
+    assert is_idle(engine)
+
+
+def test_prompt_rows_arrive_with_their_spans_and_tiles(new_engine: NewEngine) -> None:
+    """Five tokens on seat 1 and forty on seat 2; the shape holds 64 rows and 4 seats."""
+    runner = new_engine().runner
+    lane = runner.new_lane(lane_key(new_request([7], []), "refusion"))
+    shape = Shape(4, 64, 32, 1, 16)
+    tokens = np.arange(100, 145, dtype=np.int32)
+    positions = np.concatenate((np.arange(3, 8), np.arange(40))).astype(np.int32)
+    for _ in range(2):  # the second time over the traces of the first
+        runner._write_prompt(shape, PromptRows(tokens, positions, tokens + 1000, [(1, 0, 5), (2, 5, 45)]))
+        runner._fetch_prompt(lane, shape)
+    rows = runner.rows.narrow(0, 64)
+    assert rows.token_ids.tolist() == [*tokens, *[0] * 19]
+    assert rows.positions.tolist()[:45] == positions.tolist()
+    assert rows.seat.tolist() == [1] * 5 + [2] * 40 + [-1] * 19
+    assert rows.rank.tolist()[:45] == [*range(5), *range(40)]
+    assert set(rows.segment.tolist()) == {PROMPT}
+    assert set(rows.parent.tolist()) == {-1}
+    assert set(rows.visible.tolist()) | set(rows.is_trunk.tolist()) == {0}
+    assert runner.prompt_sources[:64].tolist() == [*range(45), *[-1] * 19]
+    assert runner.prompt_targets[:64].tolist() == [*(tokens + 1000).tolist(), *[-1] * 19]
+    assert lane.spans.prompt_start.tolist() == [0, 0, 5, 0]
+    assert lane.spans.prompt_end.tolist() == [0, 5, 45, 0]
+    plain = plain_tiles(lane.spans_of(4), 16, shape.num_prompt_tiles)
+    tiles = lane.tiles_of(shape)
+    for name in ("seat", "first", "end"):
+        assert getattr(tiles, name)[: shape.num_prompt_tiles].tolist() == getattr(plain, name).tolist()
+    assert set(tiles.seat[shape.num_prompt_tiles :].tolist()) == {-1}
+
+
+# ---- weights in 8 bits ----
+
+
+class EightBits(PlainOps):
+    def prepare(self, weight: torch.Tensor) -> QuantizedWeight:  # type: ignore[override]
+        return quantize(weight, "int8")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_a_moved_network_computes_with_the_weights_as_prepared(tiny_checkpoints: dict, name: str) -> None:
+    moved, exact = (Transformer.from_pretrained(tiny_checkpoints[name]) for _ in range(2))
+    for module in exact.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight is not exact.embed_tokens.weight:
+            module.weight.data = quantize(module.weight, "int8").dequantize(torch.float32)
+    network = moved_network(moved, EightBits(moved.config, moved.dtype), torch.device("cpu"))
+    wanted = FlatNetwork(exact, PlainOps(exact.config, exact.dtype))
+    if exact.lm_head.weight is exact.embed_tokens.weight:
+        wanted.head = quantize(exact.lm_head.weight, "int8").dequantize(torch.float32)
+    hidden = torch.randn(5, moved.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(network.logits(hidden), wanted.logits(hidden), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(network.cos, wanted.cos)
+    is_empty = {name: parameter.is_meta for name, parameter in moved.named_parameters()}
+    assert all(empty == (".weight" in name and "proj" in name) for name, empty in is_empty.items() if "lm_head" not in name)
+    assert network.device.type == "cpu"
+    assert isinstance(network.layers[0].qkv, QuantizedWeight)
