@@ -135,7 +135,7 @@ class FlatNetwork:
     def __init__(self, model: Transformer, ops: Ops) -> None:
         """The network shares the weights of `model`, but for those that `ops.prepare` replaces."""
         self.config, self.ops = model.config, ops
-        self.is_prefetching = True  # a switch for measurements
+        self.is_prefetching = False  # a switch for measurements: so far the memory had no time to spare
         self.device, self.dtype = model.device, model.dtype
         self.embedding = model.embed_tokens.weight
         self.layers = [_layer_weights(layer, ops.prepare) for layer in model.layers if isinstance(layer, DecoderLayer)]

@@ -26,13 +26,13 @@ Order = Literal["off", "early", "late"]
 class Overlap:
     """What a product does for the kernel after it, by measurement; results do not depend on it."""
 
-    small: Order = "early"
+    small: Order = "late"
     """Weights of a few megabytes: everything is latency, so the next kernel should stand ready."""
-    large: Order = "late"
+    large: Order = "early"
     """Larger ones: a kernel that stands ready early takes room and memory traffic from the one that runs."""
     large_bytes: int = 16_000_000
     """From here on a weight is large."""
-    prefetch_bytes: int = 12_000_000
+    prefetch_bytes: int = 0
     """Of the next weight, brought to the L2 cache; 0 = none. An H100's has 50 MB, but may hold a line twice."""
     prefetch_first: bool = False
     """Ask before the results are stored, instead of after: the memory idles less, and the stores stand in line."""
