@@ -8,7 +8,7 @@ Everything that is committed or stands is a prefix of its slot, so lengths [W] s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -44,8 +44,8 @@ FEW = 256  # numbers that one warp handles as fast as four
 def settle(rounds: RefusionRounds, readout: Readout, spans: Spans, *, start: int, num_seats: int, num_candidates: int) -> None:
     """See `refusion.decoding.rounds.Rounds.settle`."""
     first, columns, slots = rounds.table.first, rounds.columns, rounds.slots
-    padded = {"W": rounds.width, "K": rounds.slot_size, "S": rounds.num_slots}
-    padded = {f"{name}_PADDED": triton.next_power_of_2(size) for name, size in padded.items()}
+    sizes = {"W": rounds.width, "K": rounds.slot_size, "S": rounds.num_slots}
+    padded: dict[str, Any] = {f"{name}_PADDED": triton.next_power_of_2(size) for name, size in sizes.items()}
     launch(
         _settle,
         (num_seats,),
