@@ -5,7 +5,7 @@ python benchmarks/kernels_linear.py --sweep --output runs/linear      # which ti
 python benchmarks/kernels_linear.py --sweep --only smollm2-135m:128 qwen3-8b:1:qkv_proj    # only some of it, the table keeps the rest
 python benchmarks/kernels_linear.py --chain                           # eight layers' products with and without PDL
 python benchmarks/kernels_linear.py --compile-only                    # no GPU: registers, spills and shared memory of the chosen configs
-TRITON_INTERPRET=1 python benchmarks/kernels_linear.py --tiny --sweep --chain --output /tmp/linear   # dry run of all of it on a CPU
+TRITON_INTERPRET=1 python benchmarks/kernels_linear.py --tiny --sweep --chain --output runs/linear   # dry run of all of it on a CPU
 """
 
 from __future__ import annotations
