@@ -192,9 +192,7 @@ def overlapped(name: str, case: Case, bench: Bench, args: argparse.Namespace) ->
     import forward_overlap  # needs Triton
 
     bench.network = bench.network or network_of(bench.model, bench.quantization)
-    table = forward_overlap.compare(
-        bench.network, case.widths, lambda width: milliseconds(static_forward(bench, width), bench.device, args.repeats)
-    )
+    table = forward_overlap.compare(case.widths, lambda width: milliseconds(static_forward(bench, width), bench.device, args.repeats))
     for label, figures in table.items():
         settings = {"shape": name, "cached_tokens": bench.cached, "overlap": label}
         forward_ms: dict[str, Figure] = {f"forward_ms_{width}": taken for width, taken in figures.items()}

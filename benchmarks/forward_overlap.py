@@ -1,4 +1,4 @@
-"""Which overlap of kernels helps the whole static forward: when the next kernel starts, and how much of the next weight is prefetched.
+"""Which overlap of kernels helps the whole static forward: when the next kernel may start.
 
 `forward.py --variants` runs this; kernels of all variants are compiled first, in parallel processes.
 """
@@ -10,9 +10,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +20,8 @@ from kernels_linear_products import compiling_for_h100
 
 from refusion.model.kernels import attention, launch
 from refusion.model.kernels.attention_config import padded_rows
-from refusion.model.kernels.launch import Order, Overlap
+from refusion.model.kernels.launch import Overlap
 
-SIZES = (4, 12, 24)  # MB of the next weight
 H100_PROCESSORS = 132
 
 
@@ -33,45 +32,31 @@ class Variant:
     label: str
     use_pdl: bool
     overlap: Overlap
-    is_prefetching: bool
 
     @contextmanager
-    def applied(self, network: Any) -> Any:
-        """Inside, forwards of `network` are launched (and captured) this way."""
+    def applied(self) -> Iterator[None]:
+        """Inside, forwards are launched (and captured) this way."""
         launch.set_pdl(self.use_pdl)
         launch.set_overlap(self.overlap)
-        network.is_prefetching = self.is_prefetching
         try:
             yield
         finally:
             launch.set_pdl(None)
             launch.set_overlap(None)
-            network.is_prefetching = True
 
 
 def variants() -> list[Variant]:
-    """The default, then every order with every size; large-off = only products of small weights, and what is no product, overlap."""
-    orders: dict[str, tuple[bool, Order, Order]] = {
-        "off": (False, "early", "early"),
-        "early": (True, "early", "early"),
-        "late": (True, "late", "late"),
-        "large-off": (True, "early", "off"),
-    }
-    made = [Variant("default", True, Overlap(), True)]
-    for label, (use_pdl, small, large) in orders.items():
-        chosen = Overlap(small=small, large=large, prefetch_bytes=0)
-        made.append(Variant(f"{label}, no prefetch", use_pdl, chosen, False))
-        if label != "large-off":
-            made.append(Variant(f"{label}, attention alone", use_pdl, chosen, True))
-        for size in SIZES if label != "large-off" else (12,):
-            made.append(Variant(f"{label}, {size} MB", use_pdl, replace(chosen, prefetch_bytes=size * 1_000_000), True))
-        if label in ("early", "late"):
-            first = replace(chosen, prefetch_bytes=12_000_000, prefetch_first=True)
-            made.append(Variant(f"{label}, 12 MB first", use_pdl, first, True))
-    return made
+    """The default and every order; large-off = only products of small weights, and what is no product, overlap."""
+    return [
+        Variant("default", True, Overlap()),
+        Variant("off", False, Overlap()),
+        Variant("early", True, Overlap(small="early", large="early")),
+        Variant("late", True, Overlap(small="late", large="late")),
+        Variant("large-off", True, Overlap(small="early", large="off")),
+    ]
 
 
-def compare(network: Any, widths: Sequence[int], milliseconds: Callable[[int], list[float]]) -> dict[str, dict[int, float]]:
+def compare(widths: Sequence[int], milliseconds: Callable[[int], list[float]]) -> dict[str, dict[int, float]]:
     """Median milliseconds by variant and width, printed as a table on the way."""
     table: dict[str, dict[int, float]] = {}
     print(f"{'':24}" + "".join(f"{f'T={width}':>9}" for width in widths), flush=True)
@@ -79,7 +64,7 @@ def compare(network: Any, widths: Sequence[int], milliseconds: Callable[[int], l
         table[variant.label] = {}
         for width in widths:
             try:
-                with variant.applied(network):
+                with variant.applied():
                     table[variant.label][width] = statistics.median(milliseconds(width))
             except Exception as error:  # out of resources and the like: this figure is lost, the others are not
                 print(f"{variant.label}, T = {width}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
@@ -92,8 +77,7 @@ def compare(network: Any, widths: Sequence[int], milliseconds: Callable[[int], l
 
 def compile_all(cases: dict[str, Any], quantization: str | None, num_workers: int | None = None) -> None:
     """Compile what the variants launch into Triton's disk cache; what fails here is compiled, or fails, at its first use."""
-    # Sizes are no constants of a kernel, and the others mix kernels of these.
-    distinct = [variant for variant in variants() if not any(word in variant.label for word in ("default", "alone", "4 MB", "large-off"))]
+    distinct = [variant for variant in variants() if variant.label in ("off", "early", "late")]  # the others mix kernels of these
     shapes = [(name, width, case.cached[0]) for name, case in cases.items() for width in case.widths]
     jobs = [(*shape, variant, quantization) for shape in shapes for variant in distinct]
     started = time.perf_counter()
@@ -117,7 +101,7 @@ def _compile(job: tuple[str, int, int, Variant, Any]) -> str:
         attention.Workspace.for_device = _workspace  # there is no device to ask
         bench = forward.Bench(forward.random_model(forward.CASES[shape].config, meta, torch.bfloat16), cached, quantization)
         bench.network = FlatNetwork(bench.model, TritonOps(bench.config, meta, quantization))
-        with compiling_for_h100(variant.use_pdl), variant.applied(bench.network):
+        with compiling_for_h100(variant.use_pdl), variant.applied():
             forward.static_forward(bench, width)()
     except Exception as error:  # only costs time
         return f"{type(error).__name__}: {error}"[:300]

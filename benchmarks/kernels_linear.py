@@ -117,11 +117,11 @@ def chain(model: str, rows: tuple[int, ...], device: str) -> None:
     width = shapes[1].num_in
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        for (qkv, o, gate_up, down), (following, *_) in zip(weights, [*weights[1:], *weights[:1]], strict=True):
-            heads = linear.norm_linear(hidden, gain, EPS, qkv, prefetch=o)[:, :width]  # the query stands in for what attention returns
-            hidden = linear.linear_add(heads, o, hidden, in_place=True, prefetch=gate_up)
-            gated = linear.norm_gated(hidden, gain, EPS, gate_up, prefetch=down)
-            hidden = linear.linear_add(gated, down, hidden, in_place=True, prefetch=following)
+        for qkv, o, gate_up, down in weights:
+            heads = linear.norm_linear(hidden, gain, EPS, qkv)[:, :width]  # the query stands in for what attention returns
+            hidden = linear.linear_add(heads, o, hidden, in_place=True)
+            gated = linear.norm_gated(hidden, gain, EPS, gate_up)
+            hidden = linear.linear_add(gated, down, hidden, in_place=True)
         return hidden
 
     for num_rows in rows:

@@ -18,7 +18,6 @@ from refusion.model import attention_ops
 from refusion.model.kernels import rotary, store
 from refusion.model.kernels.attention import Workspace, attend
 from refusion.model.kernels.attention_config import MAX_SPLITS, Config, choose_splits, padded_rows, parts_at_a_time
-from refusion.model.quantize import QuantizedWeight
 from refusion.model.rows import Tiles, plain_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,18 +155,6 @@ def test_new_rows_and_parts_may_be_taken_in_blocks_of_their_own(name: str) -> No
     assert torch.equal(found, run(forward, splits=5, block=8, columns=32, new_columns=16, merge_parts=8))
 
 
-@pytest.mark.parametrize("num_rows", [1, 40])
-def test_a_weight_fetched_meanwhile_changes_nothing(num_rows: int) -> None:
-    forward = forward_of(RAGGED)
-    weight = torch.randn(num_rows, 48, device=DEVICE)
-    expected = run(forward, splits=3, block=8)
-    assert torch.equal(run(forward, splits=3, block=8, prefetch=weight), expected)
-    quantized = QuantizedWeight(weight.to(torch.int8), torch.ones(num_rows, device=DEVICE))
-    assert torch.equal(
-        run(forward, splits=3, block=8, prefetch=quantized, in_place=True)[forward.rows.seat >= 0], expected[forward.rows.seat >= 0]
-    )
-
-
 def test_no_used_tile_leaves_only_zeros() -> None:
     forward = forward_of([Seat(5), Seat()], padding=(3, 3)).to(DEVICE)
     tiles = plain_tiles(forward.spans, 4, 2)
@@ -227,7 +214,6 @@ def test_real_heads_in_the_configuration_chosen_for_them(num_kv_heads: int, num_
     forward = forward_of(seats, **shape).to("cuda")
     tiles = plain_tiles(forward.spans, block, 512 // block + 8)
     workspace = Workspace.for_device(block, num_groups, head_dim, torch.device("cuda"))
-    weight = torch.zeros(4096, 4096, dtype=torch.bfloat16, device="cuda")
-    found = attend(*forward.arguments, tiles, workspace, prefetch=weight)
+    found = attend(*forward.arguments, tiles, workspace)
     torch.testing.assert_close(found.double(), dense(forward), rtol=2e-2, atol=2e-2)
     assert torch.equal(found, attend(*forward.arguments, tiles, workspace))

@@ -4,7 +4,7 @@ Plain torch operations are the reference; Triton kernels, prepacked CPU products
 functions. Nothing here depends on data: shapes are those of the given rows, so a forward can be captured in a CUDA graph.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,22 +24,15 @@ Weight = Any  # a Tensor [N, K], or what `Ops.prepare` made of one
 
 
 class Ops(Protocol):
-    """Operations of the network; `refusion.model.ops` and `refusion.model.attention_ops` say what each computes.
-
-    `prefetch` is the weight that is read next: an operation may bring it closer meanwhile, and may ignore it.
-    """
+    """Operations of the network; `refusion.model.ops` and `refusion.model.attention_ops` say what each computes."""
 
     def prepare(self, weight: Tensor) -> Weight: ...
 
-    def norm_linear(
-        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None, *, prefetch: Weight | None = None
-    ) -> Tensor: ...
+    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor: ...
 
-    def norm_gated(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, prefetch: Weight | None = None) -> Tensor: ...
+    def norm_gated(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor: ...
 
-    def linear_add(
-        self, x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None, *, prefetch: Weight | None = None
-    ) -> Tensor:
+    def linear_add(self, x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None) -> Tensor:
         """The result may take the place of `residual`."""
         ...
 
@@ -74,8 +67,6 @@ class Ops(Protocol):
         spans: Spans,
         tiles: Tiles,
         plan: Any,
-        *,
-        prefetch: Weight | None = None,
     ) -> Tensor: ...
 
     def readout(
@@ -102,16 +93,6 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightsAfter:
-    """The weight that is read next after attention and after each product of a layer."""
-
-    attention: Weight | None = None
-    output: Weight | None = None
-    gate_up: Weight | None = None
-    down: Weight | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class KeyValues:
     """Keys and values of all layers: the page pool [L, R, H, D], or the rows of one forward [L, T, H, D]."""
 
@@ -135,7 +116,6 @@ class FlatNetwork:
     def __init__(self, model: Transformer, ops: Ops) -> None:
         """The network shares the weights of `model`, but for those that `ops.prepare` replaces."""
         self.config, self.ops = model.config, ops
-        self.is_prefetching = False  # a switch for measurements: so far the memory had no time to spare
         self.device, self.dtype = model.device, model.dtype
         self.embedding = model.embed_tokens.weight
         self.layers = [_layer_weights(layer, ops.prepare) for layer in model.layers if isinstance(layer, DecoderLayer)]
@@ -154,22 +134,16 @@ class FlatNetwork:
         eps = config.rms_norm_eps
         plan = ops.plan_attention(rows, spans, tiles)
         hidden = torch.nn.functional.embedding(rows.token_ids, self.embedding)
-        for index, (layer, after) in enumerate(zip(self.layers, self._weights_after(), strict=True)):
-            qkv = ops.norm_linear(hidden, layer.input_norm, eps, layer.qkv, layer.qkv_bias)  # attention prefetches
+        for index, layer in enumerate(self.layers):
+            qkv = ops.norm_linear(hidden, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
             keys, values = new.keys[index], new.values[index]
             query = ops.rotate_and_store(qkv, rows.positions, self.cos, self.sin, layer.q_norm, layer.k_norm, eps, *heads, keys, values)
             pages = pool.keys[index], pool.values[index]
-            mixed = ops.attend(query, keys, values, *pages, rows, spans, tiles, plan, prefetch=after.attention)
-            hidden = ops.linear_add(mixed, layer.output, hidden, layer.output_bias, prefetch=after.output)
-            gated = ops.norm_gated(hidden, layer.post_norm, eps, layer.gate_up, prefetch=after.gate_up)
-            hidden = ops.linear_add(gated, layer.down, hidden, prefetch=after.down)
+            mixed = ops.attend(query, keys, values, *pages, rows, spans, tiles, plan)
+            hidden = ops.linear_add(mixed, layer.output, hidden, layer.output_bias)
+            gated = ops.norm_gated(hidden, layer.post_norm, eps, layer.gate_up)
+            hidden = ops.linear_add(gated, layer.down, hidden)
         return hidden
-
-    def _weights_after(self) -> Iterator[WeightsAfter]:
-        """For each layer; none if nothing shall be prefetched."""
-        following = [*(layer.qkv for layer in self.layers[1:]), self.head]
-        for layer, down in zip(self.layers, following, strict=True):
-            yield WeightsAfter(layer.output, layer.gate_up, layer.down, down) if self.is_prefetching else WeightsAfter()
 
     @torch.no_grad()
     def readout(self, hidden: Tensor, bias_banned: Tensor, given_ids: Tensor) -> Readout:

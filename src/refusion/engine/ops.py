@@ -44,8 +44,6 @@ class PlainOps:
         spans: Spans,
         tiles: Tiles,
         plan: Any,
-        *,
-        prefetch: Any = None,
     ) -> Tensor:
         return attention_ops.attend(query, new_keys, new_values, keys, values, rows, spans, plan=plan)
 
@@ -82,7 +80,5 @@ class TritonOps:
         spans: Spans,
         tiles: Tiles,
         plan: Any,
-        *,
-        prefetch: Any = None,
     ) -> Tensor:
-        return self._attend(query, new_keys, new_values, keys, values, rows, spans, tiles, plan, in_place=True, prefetch=prefetch)
+        return self._attend(query, new_keys, new_values, keys, values, rows, spans, tiles, plan, in_place=True)

@@ -17,14 +17,9 @@ from torch import Tensor
 from refusion.model.kernels.attention_config import Config, choose_config, next_power_of_2, padded_rows
 from refusion.model.kernels.attention_kernel import attend_kernel
 from refusion.model.kernels.launch import launch
-from refusion.model.quantize import QuantizedWeight
 from refusion.model.rows import Rows, Spans, Tiles
 
 # T = rows of the forward, N = tiles, H = key/value heads, G = query heads per key/value head, D = head dimension
-
-PREFETCH_BYTES = 24_000_000  # half of an H100's L2 cache: the other half holds the K/V, the new rows and the activations
-PREFETCH_PROGRAMS = 64  # enough to keep the memory busy, few enough to leave room for the programs that attend
-LINE = 128  # bytes
 
 
 class Workspace:
@@ -60,14 +55,12 @@ def attend(
     config: Config | None = None,
     *,
     in_place: bool = False,
-    prefetch: Tensor | QuantizedWeight | None = None,
 ) -> Tensor:
     """Attention of the queries [T, HG, D] over the committed tokens and the new rows of their seats -> [T, HG * D]; padding gives 0.
 
     `new_keys`, `new_values` [T, H, D] are this layer's new rows, `keys`, `values` [cache rows, H, D] its pages. The tiles must cover all
     rows that are not padding; the prompt rows of a seat must come in the order of their ranks. in_place: the result takes the place of
-    the queries, and padding rows keep theirs: nobody needs to look for them. prefetch: a weight the next kernels will read, brought to
-    the L2 cache meanwhile (the first of its bytes, if it is large).
+    the queries, and padding rows keep theirs: nobody needs to look for them.
 
     With programmatic dependent launch and `Config.is_eager`, the kernel launched right before may write nothing but queries and new rows.
     """
@@ -85,14 +78,11 @@ def attend(
     assert layouts == (values.stride(), new_values.stride()), "keys and values must be laid out alike"
     assert keys.stride(2) == new_keys.stride(2) == 1, "the numbers of a head must be neighbours"
     assert query.is_contiguous(), f"queries strided by {query.stride()}"
-    weight = prefetch.data if isinstance(prefetch, QuantizedWeight) else prefetch
-    has_prefetch = weight is not None and num_parts <= workspace.num_parts  # once attention alone fills the GPU, the memory is not idle
-    num_slices = -(-PREFETCH_PROGRAMS // (num_tiles * num_kv_heads)) if has_prefetch else 0
     flat = query.view(num_rows, num_heads * head_dim)
     out = flat if in_place else torch.empty_like(flat)
     launch(
         attend_kernel,
-        (num_tiles, num_kv_heads, config.splits + num_slices),
+        (num_tiles, num_kv_heads, config.splits),
         query,
         new_keys,
         new_values,
@@ -118,8 +108,6 @@ def attend(
         workspace.best,
         workspace.total,
         workspace.arrived,
-        weight if has_prefetch else None,
-        min(weight.nbytes, PREFETCH_BYTES) // LINE if has_prefetch and weight is not None else 0,
         config.splits,
         num_rows,
         math.log2(math.e) / math.sqrt(head_dim),
@@ -141,7 +129,6 @@ def attend(
         CLEAR=not in_place,
         EAGER=config.is_eager,
         LATE=config.is_late,
-        HAS_PREFETCH=has_prefetch,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from refusion.model.kernels.attention_config import MAX_SPLITS as _MAX_SPLITS
 from refusion.model.kernels.interpreter import repair
-from refusion.model.kernels.stream import INTERPRETED, release, wait
+from refusion.model.kernels.stream import INTERPRETED, ask, release, wait
 
 # C = committed tokens of a block, NEW = new rows of a block
 # G = query heads per key/value head, D = head dimension, Q = BLOCK * G: query rows of a tile, padded
@@ -24,7 +24,7 @@ MAX_SPLITS = tl.constexpr(_MAX_SPLITS)
 
 # One binary for all buckets, whose index tensors may be slices: their lengths and alignment are nothing to compile for.
 @triton.jit(
-    do_not_specialize=["num_lines", "num_splits", "num_rows", "num_pages", "table_stride"],
+    do_not_specialize=["num_splits", "num_rows", "num_pages", "table_stride"],
     do_not_specialize_on_alignment=[
         "row_seat", "segment", "rank", "parent", "visible", "is_trunk",
         "cached", "prompt_start", "prompt_end", "row_start", "row_end", "page_table",
@@ -57,8 +57,6 @@ def attend_kernel(
     part_best,
     part_total,
     arrived,
-    weight,  # to prefetch
-    num_lines,
     num_splits,
     num_rows,
     scale,  # log2(e) / sqrt(D): exponents are of base 2
@@ -80,20 +78,12 @@ def attend_kernel(
     CLEAR: tl.constexpr,
     EAGER: tl.constexpr,
     LATE: tl.constexpr,
-    HAS_PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # Tiles are the fastest axis: those of a seat run side by side and find its K/V in the L2 cache. Late tiles of a prompt, which see the
     # most, start first.
     tile, head, split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     owner = tile * tl.num_programs(1) + head
-    if HAS_PREFETCH:  # noqa: SIM102 - one is a constant, the other is not
-        if split >= num_splits:  # the last programs to start attend to nothing; the others wait for them
-            num_owners = tl.num_programs(0) * tl.num_programs(1)
-            helper, num_helpers = (split - num_splits) * num_owners + owner, (tl.num_programs(2) - num_splits) * num_owners
-            for line in range(helper * 256, num_lines, num_helpers * 256):
-                _prefetch(weight.to(tl.int64) + tl.minimum(line + tl.arange(0, 256), num_lines - 1).to(tl.int64) * 128)
-            return
     if not EAGER:
         wait(PDL, LATE)
 
@@ -122,13 +112,13 @@ def attend_kernel(
     head_values = values + head * page_head_stride
     inner = (column * page_row_stride)[:, None] + dim[None, :]  # [C, D], where a block lies in one page
     if EAGER:
-        if PDL and PAGE % C == 0:  # noqa: SIM102 - as above
+        if PDL and PAGE % C == 0:  # noqa: SIM102 - one is a constant, the other is not
             if (split < full) & (seat >= 0):
                 per_line: tl.constexpr = 1024 // keys.dtype.element_ty.primitive_bitwidth
                 lines = tl.arange(0, D // per_line if per_line < D else 1) * per_line
                 start = (page.to(tl.int64) * PAGE + split * C % PAGE + column.to(tl.int64)) * page_row_stride
-                _prefetch((head_keys + start[:, None] + lines[None, :]).to(tl.int64))
-                _prefetch((head_values + start[:, None] + lines[None, :]).to(tl.int64))
+                ask((head_keys + start[:, None] + lines[None, :]).to(tl.int64))
+                ask((head_values + start[:, None] + lines[None, :]).to(tl.int64))
         wait(PDL, LATE)
 
     width = tl.num_programs(1) * G * D
@@ -228,13 +218,6 @@ def attend_kernel(
     if is_last:
         mixed /= tl.where(total == 0.0, 1.0, total)[:, None]  # the rows that only fill the tile may have seen nothing
         tl.store(out + row[:, None] * width + inside, mixed.to(out.dtype.element_ty), mask=is_row[:, None])
-
-
-@triton.jit
-def _prefetch(addresses):
-    """Ask the L2 cache for the lines at these addresses, int64."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -16,7 +16,6 @@ from torch import Tensor
 from refusion.model.kernels.config import Config, Kind, choose_config
 from refusion.model.kernels.launch import NUM_COUNTERS, counters, launch, overlap
 from refusion.model.kernels.norms import rms_norm, silu_multiply
-from refusion.model.kernels.prefetch import prefetch_share, slab_of
 from refusion.model.kernels.stream import release, stream
 from refusion.model.quantize import QuantizedWeight
 
@@ -43,25 +42,21 @@ def norm_linear(
     weight: Weight,
     bias: Tensor | None = None,
     *,
-    prefetch: Weight | None = None,
     config: Config | None = AUTO,
 ) -> Tensor:
-    """[T, N] = rms_norm(x) @ weight.T (+ bias). `prefetch` is the weight of the next product, here and below."""
+    """[T, N] = rms_norm(x) @ weight.T (+ bias)."""
     config = resolve(config, x, weight, "norm_linear")
     if config is None:
-        return F.linear(rms_norm(x, norm_weight, eps, prefetch=weight), as_plain(weight), bias)
-    return _run(x, weight, config, norm=(norm_weight, eps), bias=bias, prefetch=prefetch)
+        return F.linear(rms_norm(x, norm_weight, eps), as_plain(weight), bias)
+    return _run(x, weight, config, norm=(norm_weight, eps), bias=bias)
 
 
-def norm_gated(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, prefetch: Weight | None = None, config: Config | None = AUTO
-) -> Tensor:
+def norm_gated(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, config: Config | None = AUTO) -> Tensor:
     """[T, I] = silu(rms_norm(x) @ gate.T) * (rms_norm(x) @ up.T); `weight` [2I, K] holds the rows of gate, then those of up."""
     config = resolve(config, x, weight, "norm_gated")
     if config is None:
-        gate_up = F.linear(rms_norm(x, norm_weight, eps, prefetch=weight), as_plain(weight))
-        return silu_multiply(gate_up, prefetch=prefetch)
-    return _run(x, weight, config, norm=(norm_weight, eps), is_gated=True, prefetch=prefetch)
+        return silu_multiply(F.linear(rms_norm(x, norm_weight, eps), as_plain(weight)))
+    return _run(x, weight, config, norm=(norm_weight, eps), is_gated=True)
 
 
 def linear_add(
@@ -71,13 +66,12 @@ def linear_add(
     bias: Tensor | None = None,
     *,
     in_place: bool = False,
-    prefetch: Weight | None = None,
     config: Config | None = AUTO,
 ) -> Tensor:
     """[T, N] = residual + x @ weight.T (+ bias). in_place: the result may take the place of the residual, which spares a copy of it."""
     config = resolve(config, x, weight, "linear_add")
     if config is not None:
-        return _run(x, weight, config, residual=residual, bias=bias, prefetch=prefetch)
+        return _run(x, weight, config, residual=residual, bias=bias)
     plain = as_plain(weight)
     if bias is not None:
         return F.linear(x, plain, bias).add_(residual)
@@ -123,10 +117,9 @@ def _run(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     is_gated: bool = False,
-    prefetch: Weight | None = None,
 ) -> Tensor:
     if norm is not None and config.prenorm:
-        x, norm = rms_norm(x, *norm, prefetch=weight), None
+        x, norm = rms_norm(x, *norm), None
     data, scale = operand(weight)
     (num_rows, num_in), num_out = x.shape, data.shape[0]
     assert config.split_k == 1 or config.block_k < num_in, f"one block of {num_in} columns cannot be split: {config}"
@@ -135,7 +128,7 @@ def _run(
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     partials, arrivals = (out, out) if config.split_k == 1 else _workspace(x, tiles, config)
     norm_weight, eps = norm or (x, 0.0)
-    slab, order = slab_of(prefetch, x), overlap().order(data.nbytes)
+    order = overlap().order(data.nbytes)
     launch(
         linear_kernel,
         (*tiles, config.split_k),
@@ -152,7 +145,6 @@ def _run(
         x.stride(0),
         0 if residual is None else residual.stride(0),
         eps,
-        *slab,
         N=num_out,
         K=num_in,
         HAS_NORM=norm is not None,
@@ -168,8 +160,6 @@ def _run(
         LANES=config.lanes,
         NUM_STAGES=config.num_stages,
         LATE=order == "late",
-        HAS_PREFETCH=slab.num_lines > 0,
-        PREFETCH_FIRST=overlap().prefetch_first,
         is_dependent=order != "off",
         num_stages=config.num_stages,
         num_warps=config.num_warps,
@@ -185,7 +175,7 @@ def _workspace(x: Tensor, tiles: tuple[int, int], config: Config) -> tuple[Tenso
     return torch.empty(size, dtype=torch.float32, device=x.device), counters(x.device)
 
 
-@triton.jit(do_not_specialize=["num_rows", "next_rows", "next_lines", "next_row_bytes"])
+@triton.jit(do_not_specialize=["num_rows"])
 def linear_kernel(
     x,
     weight,
@@ -200,10 +190,6 @@ def linear_kernel(
     x_stride,
     residual_stride,
     eps,
-    next_weight,
-    next_rows,
-    next_lines,
-    next_row_bytes,
     N: tl.constexpr,
     K: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -219,8 +205,6 @@ def linear_kernel(
     LANES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     LATE: tl.constexpr,
-    HAS_PREFETCH: tl.constexpr,
-    PREFETCH_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # Row tiles run fastest: the programs that share weights run together, so only the first of them reads the weights from memory.
@@ -256,10 +240,6 @@ def linear_kernel(
         LATE,
     )
     release(PDL, LATE)
-    program = (part * tl.num_programs(1) + tile_n) * tl.num_programs(0) + tl.program_id(0)
-    num_programs = tl.num_programs(0) * tl.num_programs(1) * SPLIT_K
-    if HAS_PREFETCH and PREFETCH_FIRST:
-        prefetch_share(next_weight, next_rows, next_lines, next_row_bytes, program, num_programs, 256)
     owes_norm: tl.constexpr = HAS_NORM and K > BLOCK_K
     if SPLIT_K > 1:
         tile = tl.program_id(0) * tl.num_programs(1) + tile_n
@@ -284,8 +264,6 @@ def linear_kernel(
         if EXTRA_T > 0:
             finish(extra, extra_squares, first_row + BLOCK_T, weight_rows, tile_n, scale, bias, residual, out, num_rows, residual_stride,
                    eps, N, K, owes_norm, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, EXTRA_T, BLOCK_N)  # fmt: skip
-    if HAS_PREFETCH and not PREFETCH_FIRST:
-        prefetch_share(next_weight, next_rows, next_lines, next_row_bytes, program, num_programs, 256)
 
 
 @triton.jit

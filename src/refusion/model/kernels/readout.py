@@ -38,7 +38,7 @@ def readout(
     assert config is not None, "the library has no fused readout"
     assert config.split_k == 1, f"a readout reduces whole logits, not those of {config}"
     if config.prenorm:
-        x = rms_norm(x, norm_weight, eps, prefetch=weight)
+        x = rms_norm(x, norm_weight, eps)
     data, scale = operand(weight)
     (num_rows, num_in), vocabulary = x.shape, data.shape[0]
     tiles = config.tiles(num_rows, vocabulary)

@@ -9,8 +9,6 @@ import triton.language as tl
 from triton import knobs
 from triton.language.extra import cuda
 
-from refusion.model.kernels.prefetch import ask
-
 # T = rows of x in a tile, E = rows of the second accumulator (0 = none), N = weight rows of a tile, K = in features
 
 # The interpreter multiplies bfloat16 as if they were integers; float32 holds the same products exactly.
@@ -49,8 +47,8 @@ def stream(
     With LANES > 1 a block of K is cut into as many parts side by side, a leading axis of every tile: each warp multiplies its own part, so
     a small tile keeps all warps busy and the chain of dependent tensor core instructions is that much shorter. Added up at the end.
 
-    The parts of a split K take turns at its blocks, so all of them begin in the first columns: those that were prefetched. With LATE the
-    next kernel may start when the loop is done, otherwise as soon as this one has begun.
+    The parts of a split K take turns at its blocks. With LATE the next kernel may start when the loop is done, otherwise as soon as this
+    one has begun.
     """
     columns = tl.arange(0, BLOCK_K // LANES)
     if LANES > 1:
@@ -154,6 +152,13 @@ def prefetch(weight, weight_rows, begin, K: tl.constexpr, BLOCK_K: tl.constexpr,
     line = tl.arange(0, triton.next_power_of_2(NUM_BLOCKS * per_block))
     columns = tl.minimum(begin + line // per_block * STRIDE + line % per_block * elements, K - 1)
     ask((weight + weight_rows.to(tl.int64)[:, None] * K + columns[None, :]).to(tl.int64))
+
+
+@triton.jit
+def ask(addresses):
+    """Ask the L2 cache for the lines at these addresses, int64: nothing is loaded, so nobody waits."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
