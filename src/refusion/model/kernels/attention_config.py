@@ -6,6 +6,7 @@ import torch
 
 # Q = block * G: query rows of a tile, padded; D = head dimension
 
+INVARIANT_SPLITS = 4  # enough for some thousand cached tokens; the workspace of a large batch grows with it
 MAX_SPLITS = 32  # more parts than this cost the merging program more than their readers save
 
 
@@ -41,6 +42,11 @@ def choose_config(num_tiles: int, num_kv_heads: int, tile_rows: int, head_dim: i
     new_columns = 16 if tile_rows <= 16 else 64  # tiles that small are those of seats with a row or few
     num_stages = 3 if is_crowded and tile_rows > 64 else 2
     return Config(splits, columns, new_columns, num_warps, num_stages, parts_at_a_time(tile_rows, head_dim, num_warps))
+
+
+def invariant_config(tile_rows: int) -> Config:
+    """One for all shapes: the parts of a tile then follow from the spans of its own seat alone."""
+    return Config(INVARIANT_SPLITS, columns=64, new_columns=64, num_warps=4 if tile_rows <= 64 else 8, num_stages=2, merge_parts=2)
 
 
 def choose_splits(num_tiles: int, num_kv_heads: int, num_parts: int) -> int:

@@ -89,6 +89,22 @@ def heuristic(num_out: int, num_in: int, num_rows: int, kind: Kind, dtype: str) 
     return Config(block_n, block_k, split_k, num_stages, num_warps, block_t, extra_t, lanes, prenorm=rows > 64)
 
 
+def invariant_config(num_out: int, num_in: int, num_rows: int, kind: Kind) -> Config:
+    """Tiles with which a row of the result does not depend, bit for bit, on `num_rows`; for weights of at most 16 bits.
+
+    What decides how a sum over K is rounded is the same for all numbers of rows: split_k, the blocks that the parts take in turn, one
+    lane, and the tensor core instruction (warp groups from 64 weight rows on, single warps below). block_t only says how many columns an
+    instruction has. Norms are taken before, by a program a row. A readout also sums over its tile of the vocabulary, in an order that
+    hangs on the layout of the tile, so its tiles are all alike.
+    """
+    is_small = num_out < 64 * 48  # there would be too few tiles of 64
+    block_n, block_k = 16 if is_small else 64, min(64, next_power(num_in))
+    tiles, blocks = -(-num_out // block_n), -(-num_in // block_k)
+    split_k = 1 if kind == "readout" else max(1, min(8, 2 * NUM_PROGRAMS // tiles, blocks // 4))
+    block_t = 64 if kind == "readout" else min(64 if is_small else 128, next_power(num_rows))
+    return Config(block_n, block_k, split_k, 4 if block_t > 64 else 5, 4, block_t, prenorm=True)
+
+
 def cover(num_rows: int) -> tuple[int, int]:
     """block_t and extra_t that hold `num_rows` rows with little waste; past 256 rows, tiles of 128 in the grid."""
     if num_rows > 256:

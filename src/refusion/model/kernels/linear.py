@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refusion.model.kernels.config import Config, Kind, choose_config
+from refusion.model.kernels.config import Config, Kind, choose_config, invariant_config
 from refusion.model.kernels.launch import NUM_COUNTERS, counters, launch, overlap
 from refusion.model.kernels.norms import rms_norm, silu_multiply
 from refusion.model.kernels.stream import release, stream
@@ -25,6 +25,9 @@ Weight = Tensor | QuantizedWeight
 
 AUTO = Config(0, 0, 0, 0, 0, 0)
 """Stands for `choose_config`; a benchmark names a config of its own, or None for the library."""
+
+INVARIANT = Config(-1, 0, 0, 0, 0, 0)
+"""Stands for `invariant_config`: a row of the result does not depend, bit for bit, on how many rows there are."""
 
 _DTYPES = {
     torch.int8: "int8",
@@ -80,9 +83,11 @@ def linear_add(
 
 
 def resolve(config: Config | None, x: Tensor, weight: Weight, kind: Kind) -> Config | None:
-    """The config to use: the one given, or for AUTO the chosen one."""
+    """The config to use: the one given, or for AUTO and INVARIANT the chosen one."""
     assert x.shape[1] == weight.shape[1], f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}"
     assert x.stride(1) == 1, f"rows of x must be contiguous, not strided by {x.stride()}"
+    if config is INVARIANT:
+        return invariant_config(weight.shape[0], weight.shape[1], x.shape[0], kind)
     if config is not AUTO:
         return config
     data = weight.data if isinstance(weight, QuantizedWeight) else weight
