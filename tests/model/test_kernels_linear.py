@@ -15,7 +15,7 @@ from refusion.model import ops
 from refusion.model.kernels import launch, linear
 from refusion.model.kernels.config import SKINNY_ROWS, Config, choose_config, cover, heuristic
 from refusion.model.kernels.norms import rms_norm, silu_multiply
-from refusion.model.quantize import quantize
+from refusion.model.quantize import QuantizedWeight, quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -30,6 +30,8 @@ CONFIGS = {
     "lanes": Config(16, 32, 1, 2, 4, 16, lanes=2),
     "lanes, wide and split": Config(32, 64, 2, 2, 4, 32, extra_t=16, lanes=4),
     "lanes and one block": Config(16, 128, 1, 2, 4, 16, lanes=4),
+    "turned": Config(32, 16, 3, 2, 4, 16, turned=True),
+    "turned, wide and one block": Config(16, 128, 1, 2, 4, 32, extra_t=16, prenorm=True, turned=True),
     "norm first": Config(16, 32, 1, 2, 4, 16, prenorm=True),
 }
 # Both sides sum in float32, in different orders. In bfloat16 the twins round after every step, the kernels once; the interpreter cuts off.
@@ -79,7 +81,7 @@ def test_a_bias_is_added_once(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["int8", "float8"])
-@pytest.mark.parametrize("name", ["loop", "one block", "wide and split"])
+@pytest.mark.parametrize("name", ["loop", "one block", "wide and split", "turned"])
 def test_quantised_weights_are_scaled_back(name: str, kind: str, dtype: torch.dtype) -> None:
     case, config = Case(5, dtype), CONFIGS[name]
     weight = quantize(case.weight, "int8" if kind == "int8" else "float8")
@@ -167,6 +169,19 @@ def test_heuristic_configs_are_sound(shape: tuple[int, int], num_rows: int) -> N
     assert 1 <= config.split_k <= -(-shape[1] // config.block_k)
     assert config.num_stages >= 2
     assert config.block_k >= 16 * config.lanes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_code_of_a_float8_weight_becomes_its_number() -> None:
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+    codes = torch.where(codes.float().isnan(), torch.zeros_like(codes.float()), codes.float()).to(torch.float8_e4m3fn)
+    weight = QuantizedWeight(codes.repeat(64, 1), torch.ones(64, device="cuda"))  # [64, 256]
+    one_each = torch.eye(256, dtype=torch.bfloat16, device="cuda")
+    nothing = torch.zeros(256, 64, dtype=torch.bfloat16, device="cuda")
+    for name in ("loop", "lanes", "turned"):
+        found = linear.linear_add(one_each, weight, nothing, config=CONFIGS[name])
+        assert torch.equal(found.float(), codes.float()[:, None].expand_as(found)), name
 
 
 @pytest.mark.gpu
