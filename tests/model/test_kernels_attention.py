@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from refusion.model import attention_ops
 from refusion.model.kernels import rotary, store
-from refusion.model.kernels.attention import Workspace, attend
+from refusion.model.kernels.attention import Workspace, attend, rotate_and_attend
 from refusion.model.kernels.attention_config import MAX_SPLITS, Config, choose_splits, padded_rows, parts_at_a_time
 from refusion.model.rows import Tiles, plain_tiles
 
@@ -184,6 +184,38 @@ def test_rotation_is_that_of_the_plain_twin(num_heads: int, num_kv_heads: int, h
     tolerance = 1e-6 if dtype == torch.float32 else 4 * 2**-6  # the interpreter cuts to bfloat16, up to three times: steps of 1/64 below 4
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("name", BATCHES)
+def test_rotation_joined_with_attention_is_both_one_after_the_other(name: str, splits: int, has_norm: bool) -> None:
+    forward = forward_of(BATCHES[name]).to(DEVICE)
+    num_rows, num_heads, head_dim = forward.query.shape
+    num_kv_heads = forward.new_keys.shape[1]
+    generator = torch.Generator().manual_seed(1)
+    qkv = torch.randn(num_rows, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator).to(DEVICE)
+    angles = 6 * torch.rand(64, head_dim // 2, generator=generator).to(DEVICE)
+    positions = torch.randint(64, (num_rows,), generator=generator).int().to(DEVICE)
+    norms = tuple((0.5 + torch.rand(2, head_dim, generator=generator)).to(DEVICE)) if has_norm else (None, None)
+    turned = (positions, angles.cos(), angles.sin(), *norms, 1e-6, num_heads, num_kv_heads, head_dim)
+    is_real = forward.rows.seat >= 0
+    new = torch.full((2, 2, num_rows, num_kv_heads, head_dim), torch.nan, device=DEVICE)
+    query = attention_ops.rotate_and_store(qkv, *turned, *new[0])
+    new[0, :, ~is_real] = torch.nan  # what nobody may see
+    context = (forward.keys, forward.values, forward.rows, forward.spans)
+    expected = attention_ops.attend(query, *new[0], *context)
+    tiles = plain_tiles(forward.spans, 8, len(forward.spans.cached) * 2 + num_rows // 8)
+    workspace = Workspace(
+        len(tiles.seat) * num_kv_heads * splits, padded_rows(8, num_heads // num_kv_heads), head_dim, torch.device(DEVICE)
+    )
+    before = qkv.clone()
+    found = rotate_and_attend(qkv, *turned, *new[1], *context, tiles, workspace, Config(splits, 16, 16, 4, 2, merge_parts=2))
+    torch.testing.assert_close(found[is_real], expected[is_real], rtol=0, atol=2e-6)
+    torch.testing.assert_close(new[1, :, is_real], new[0, :, is_real], rtol=0, atol=2e-6)
+    assert new[1, :, ~is_real].isnan().all()
+    assert torch.equal(qkv[:, num_heads * head_dim :], before[:, num_heads * head_dim :])
+    assert torch.equal(found[~is_real], before[~is_real, : num_heads * head_dim])
 
 
 @pytest.mark.parametrize("layers", [1, 4])

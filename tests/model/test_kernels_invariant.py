@@ -115,7 +115,7 @@ def attended(forward: Forward) -> torch.Tensor:
     forward = forward.to(DEVICE)
     num_kv_heads, head_dim = forward.new_keys.shape[1:]
     tile_rows = padded_rows(16, forward.query.shape[1] // num_kv_heads)
-    config = attention_config(tile_rows)
+    config = attention_config()
     num_tiles = sum(-(-int(size) // 16) for size in counts(forward))
     workspace = Workspace(num_tiles * num_kv_heads * config.splits, tile_rows, head_dim, torch.device(DEVICE))
     return attend(*forward.arguments, plain_tiles(forward.spans, 16, num_tiles), workspace, config).cpu()

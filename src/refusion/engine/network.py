@@ -6,7 +6,7 @@ functions. Nothing here depends on data: shapes are those of the given rows, so 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -76,6 +76,39 @@ class Ops(Protocol):
     def store_rows(self, new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None: ...
 
 
+@runtime_checkable
+class JoinedOps(Ops, Protocol):
+    """Operations that can rotate and attend in one."""
+
+    def joins_rotation(self, num_rows: int) -> bool:
+        """Whether that is better in a forward of so many rows."""
+        ...
+
+    def rotate_and_attend(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        new_keys: Tensor,
+        new_values: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: Rows,
+        spans: Spans,
+        tiles: Tiles,
+        plan: Any,
+    ) -> Tensor:
+        """`attend` of what `rotate_and_store` returns; the result may take the place of the queries."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One decoder layer, its matrices as the operations want them."""
@@ -116,6 +149,7 @@ class FlatNetwork:
     def __init__(self, model: Transformer, ops: Ops) -> None:
         """The network shares the weights of `model`, but for those that `ops.prepare` replaces."""
         self.config, self.ops = model.config, ops
+        self._joined_ops = ops if isinstance(ops, JoinedOps) else None
         self.device, self.dtype = model.device, model.dtype
         self.embedding = model.embed_tokens.weight
         self.layers = [_layer_weights(layer, ops.prepare) for layer in model.layers if isinstance(layer, DecoderLayer)]
@@ -133,13 +167,17 @@ class FlatNetwork:
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         eps = config.rms_norm_eps
         plan = ops.plan_attention(rows, spans, tiles)
+        joined = self._joined_ops if self._joined_ops and self._joined_ops.joins_rotation(rows.num_rows) else None
         hidden = torch.nn.functional.embedding(rows.token_ids, self.embedding)
         for index, layer in enumerate(self.layers):
             qkv = ops.norm_linear(hidden, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
-            keys, values = new.keys[index], new.values[index]
-            query = ops.rotate_and_store(qkv, rows.positions, self.cos, self.sin, layer.q_norm, layer.k_norm, eps, *heads, keys, values)
+            turned = rows.positions, self.cos, self.sin, layer.q_norm, layer.k_norm, eps, *heads, new.keys[index], new.values[index]
             pages = pool.keys[index], pool.values[index]
-            mixed = ops.attend(query, keys, values, *pages, rows, spans, tiles, plan)
+            if joined is not None:
+                mixed = joined.rotate_and_attend(qkv, *turned, *pages, rows, spans, tiles, plan)
+            else:
+                query = ops.rotate_and_store(qkv, *turned)
+                mixed = ops.attend(query, new.keys[index], new.values[index], *pages, rows, spans, tiles, plan)
             hidden = ops.linear_add(mixed, layer.output, hidden, layer.output_bias)
             gated = ops.norm_gated(hidden, layer.post_norm, eps, layer.gate_up)
             hidden = ops.linear_add(gated, layer.down, hidden)

@@ -13,6 +13,8 @@ from refusion.model.quantize import Kind, quantize
 from refusion.model.rows import Rows, Spans, Tiles
 
 LARGEST_TILE = 32  # rows of a query tile
+JOINED_ROWS = {64: 512, 128: 64}
+"""By head dimension: up to so many rows attention turns queries and keys itself. Above, too many tiles turn the same keys."""
 
 
 class PlainOps:
@@ -66,20 +68,24 @@ class TritonOps:
         self.norm_linear, self.norm_gated = partial(linear.norm_linear, config=cut), partial(linear.norm_gated, config=cut)
         self.linear_add = partial(linear.linear_add, in_place=True, config=cut)
         self.readout, self.rotate_and_store = partial(readout.readout, config=cut), rotary.rotate_and_store
-        self.store_rows = store.store_rows
+        self.store_rows, self.rotate_and_attend = store.store_rows, attention.rotate_and_attend
+        self.joined_rows = 0 if self.is_batch_invariant else JOINED_ROWS.get(config.head_dim, 0)
         num_groups = config.num_attention_heads // config.num_key_value_heads
         if invariant_tiles is None:
             self._attend = attention.attend
             self.workspace = attention.Workspace.for_device(LARGEST_TILE, num_groups, config.head_dim, device)
         else:
             tile_rows = padded_rows(TILE_ROWS, num_groups)
-            alike = invariant_config(tile_rows)
+            alike = invariant_config()
             self._attend = partial(attention.attend, config=alike)
             num_parts = invariant_tiles * config.num_key_value_heads * alike.splits
             self.workspace = attention.Workspace(num_parts, tile_rows, config.head_dim, device)
 
     def prepare(self, weight: Tensor) -> Any:
         return weight if self.quantization is None else quantize(weight, self.quantization)
+
+    def joins_rotation(self, num_rows: int) -> bool:
+        return num_rows <= self.joined_rows
 
     def plan_attention(self, rows: Rows, spans: Spans, tiles: Tiles) -> Any:
         return self.workspace

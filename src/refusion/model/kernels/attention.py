@@ -10,6 +10,7 @@ from forward to forward of the same bucket.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +66,74 @@ def attend(
     With programmatic dependent launch and `Config.is_eager`, the kernel launched right before may write nothing but queries and new rows.
     """
     num_rows, num_heads, head_dim = query.shape
+    assert query.is_contiguous(), f"queries strided by {query.stride()}"
+    out = query if in_place else torch.empty_like(query)
+    _attend(query, new_keys, new_values, keys, values, out, rows, spans, tiles, workspace, config, None)
+    return out.view(num_rows, num_heads * head_dim)
+
+
+def rotate_and_attend(
+    qkv: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    new_keys: Tensor,
+    new_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Rows,
+    spans: Spans,
+    tiles: Tiles,
+    workspace: Workspace,
+    config: Config | None = None,
+) -> Tensor:
+    """`rotate_and_store` and `attend` in one launch; the result [T, HG * D] takes the place of the queries in qkv.
+
+    As there, padding rows of `new_keys` and `new_values` are not written, nor those of the result, which keep their queries.
+    """
+    assert all(tensor.is_contiguous() for tensor in (qkv, cos, sin)), "rows and tables must be contiguous"
+    assert new_keys.stride() == new_values.stride(), "keys and values must be laid out alike"
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    query, raw_keys, raw_values = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    rotation = Rotation(positions, cos, sin, q_norm, k_norm, eps, new_keys, new_values)
+    _attend(query, raw_keys, raw_values, keys, values, query, rows, spans, tiles, workspace, config, rotation)
+    return qkv[:, : num_heads * head_dim]
+
+
+class Rotation(NamedTuple):
+    """How queries and new keys are normalised and rotated, and where new rows are left."""
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    new_keys: Tensor
+    new_values: Tensor
+
+
+def _attend(
+    query: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    rows: Rows,
+    spans: Spans,
+    tiles: Tiles,
+    workspace: Workspace,
+    config: Config | None,
+    rotation: Rotation | None,
+) -> None:
+    num_rows, num_heads, head_dim = query.shape
     num_kv_heads = new_keys.shape[1]
     num_groups = num_heads // num_kv_heads
     num_tiles, tile_rows = tiles.seat.shape[0], padded_rows(tiles.block, num_groups)
@@ -77,9 +146,8 @@ def attend(
     layouts = (keys.stride(), new_keys.stride())
     assert layouts == (values.stride(), new_values.stride()), "keys and values must be laid out alike"
     assert keys.stride(2) == new_keys.stride(2) == 1, "the numbers of a head must be neighbours"
-    assert query.is_contiguous(), f"queries strided by {query.stride()}"
-    flat = query.view(num_rows, num_heads * head_dim)
-    out = flat if in_place else torch.empty_like(flat)
+    assert query.stride() == out.stride(), f"queries strided by {query.stride()}, results by {out.stride()}"
+    kept = rotation or Rotation(rows.positions, query, query, None, None, 0.0, new_keys, new_values)
     launch(
         attend_kernel,
         (num_tiles, num_kv_heads, config.splits),
@@ -108,6 +176,13 @@ def attend(
         workspace.best,
         workspace.total,
         workspace.arrived,
+        kept.positions,
+        kept.cos,
+        kept.sin,
+        query if kept.q_norm is None else kept.q_norm,
+        query if kept.k_norm is None else kept.k_norm,
+        kept.new_keys,
+        kept.new_values,
         config.splits,
         num_rows,
         math.log2(math.e) / math.sqrt(head_dim),
@@ -117,6 +192,10 @@ def attend(
         keys.stride(1),
         new_keys.stride(0),
         new_keys.stride(1),
+        query.stride(0),
+        kept.new_keys.stride(0),
+        kept.new_keys.stride(1),
+        kept.eps,
         PAGE=spans.page_size,
         BLOCK=tiles.block,
         G=num_groups,
@@ -126,10 +205,11 @@ def attend(
         C=config.columns,
         NEW=config.new_columns,
         PARTS=config.merge_parts,
-        CLEAR=not in_place,
+        CLEAR=out is not query,
         EAGER=config.is_eager,
         LATE=config.is_late,
+        ROTATES=rotation is not None,
+        HAS_NORM=kept.q_norm is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out
