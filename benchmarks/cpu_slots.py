@@ -2,8 +2,10 @@
 
     python benchmarks/cpu_slots.py --num-prompts 6
 
-The counts depend on model and settings alone, so a busy machine spoils nothing but the cost table, which `--costs` can read from the
-`forward` run of an earlier result of `cpu.py`. Two things are not in the table: what the decisions of a round cost, and the prompt.
+What a setting is expected to bring and take (`settings.expected` of a run) is what the `choices` of a checkpoint's slots say, from which
+`refusion.engine.slot_choice` picks at load. The counts depend on model and settings alone, so a busy machine spoils nothing but the cost
+table, which `--costs` can read from the `forward` run of an earlier result of `cpu.py`. Two things are not in the table: what the
+decisions of a round cost, and the prompt.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ import numpy as np
 from refusion import LLM, SamplingParams, SlotParams
 from refusion.engine.costs import CPU_WIDTHS, CostTable, measure
 from refusion.engine.runner import Pending, Runner
+from refusion.engine.slot_choice import Expected
 from refusion.evaluation.results import Figure, Run, read_result, to_plain
 
 SIZES = ((2, 2), (3, 3), (4, 4), (4, 8), (6, 6), (8, 8))  # slot size, block size
@@ -37,6 +41,12 @@ class Count:
     num_tokens: int = 0
     num_rows: list[int] = field(default_factory=list)
     """Decode rows of every forward."""
+
+    def expected(self) -> Expected:
+        """As a checkpoint says it."""
+        shares = Counter(self.num_rows)
+        rows = {str(number): round(shares[number] / len(self.num_rows), 4) for number in sorted(shares)}
+        return Expected(round(self.num_tokens / len(self.num_rows), 4), rows)
 
     def seconds(self, costs: CostTable, each: float) -> float:
         """Predicted seconds, with `each` for the host's part of a forward."""
@@ -60,7 +70,8 @@ def main() -> None:
         counts = counted(llm, prompts, slots, args.max_tokens)
         figures = predicted(counts, costs, args.host_ms / 1000, seconds_per_token)
         label = f"slots of {slots.slot_size}, blocks of {slots.block_size}, {slots.max_candidates} candidates"
-        runs.append(Run(label=label, settings={"slots": size_of(slots)}, figures=figures))
+        expected = [asdict(count.expected()) for count in counts.values()]
+        runs.append(Run(label=label, settings={"slots": size_of(slots), "expected": expected}, figures=figures))
         print(json.dumps({"label": label} | to_plain(figures)), flush=True)
     best = max(runs, key=lambda run: run.figures["speedup_mean"])  # pyright: ignore[reportArgumentType]  (a float, see `predicted`)
     print(f"fastest: {best.label}", flush=True)

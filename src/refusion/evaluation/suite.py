@@ -289,7 +289,7 @@ def _run_settings(lm: ReFusionLM, asked: Sequence[Question], settings: SuiteSett
     sampling, slots = lm.settings(asked[0].options)
     if settings.setting == "one":
         slots = settings.slots
-    shown = slots.resolve(lm.llm.recommended) if settings.decoder == "refusion" else _given(slots)
+    shown = lm.llm.resolve_slots(slots) if settings.decoder == "refusion" else _given(slots)
     return {"decoder": settings.decoder, "max_tokens": sampling.max_tokens} | (
         {} if settings.decoder == "autoregressive" else {"slots": shown}
     )
