@@ -31,7 +31,7 @@ from refusion.engine.slot_choice import Expected
 from refusion.evaluation.results import Figure, Run, read_result, to_plain
 
 SIZES = ((2, 2), (3, 3), (4, 4), (4, 8), (6, 6), (8, 8))  # slot size, block size
-CANDIDATES = (0, 1, 2, 4)
+CANDIDATES = (0, 1, 2, 3, 4)
 
 
 @dataclass(slots=True)
