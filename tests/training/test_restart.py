@@ -125,7 +125,11 @@ def test_a_killed_and_resumed_run_has_the_weights_of_an_unbroken_one(
 def test_a_run_killed_again_and_again_at_any_time_ends_with_the_same_weights(
     tmp_path: Path, recipe: Recipe, unbroken: dict[str, Tensor], final_weights: Weights
 ) -> None:
-    delays = torch.empty(3).uniform_(0.3, 1.2, generator=torch.Generator().manual_seed(0)).tolist()
+    started = time.perf_counter()
+    assert _train_in_a_child(recipe, tmp_path / "timed", lambda: None) == 0
+    whole = time.perf_counter() - started
+    delays = (whole * torch.empty(3).uniform_(0.2, 0.9, generator=torch.Generator().manual_seed(0))).tolist()
+    tmp_path = tmp_path / "killed"
     signals = [_train_in_a_child(recipe, tmp_path, lambda: None, delay=delay) for delay in delays]
     assert signal.SIGKILL in signals
     if not (tmp_path / "final").exists():
