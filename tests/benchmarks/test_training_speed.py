@@ -14,6 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "training_speed.py"
 
 
 def _run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, *map(str, args)])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -22,11 +23,17 @@ def _run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
 
 def test_a_dry_run_measures_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert _run(monkeypatch, "--dry-run", "--parity-steps", 4, "--output", tmp_path / "speed.json") == 0
-    small, large, parity = (run["figures"] for run in read_result(tmp_path / "speed.json")["runs"])
+    runs = read_result(tmp_path / "speed.json")["runs"]
+    small, large, parity = (run["figures"] for run in runs)
     for figures in (small, large):
         assert figures["tokens_per_second"] > 0
         assert 0.8 < figures["packed_share"] <= 1
+        assert figures["seconds_per_step_planned"] > 0
+        assert figures["memory_gb_planned"] > 0
     assert parity["loss_off_worst_ten_steps"] < 1e-4, "float32: only the order of sums differs"
+    curves = runs[2]["series"]
+    assert len(curves["step"]) == len(curves["loss_packed"]) == len(curves["loss_padded"]) > 1
+    assert "series" not in runs[0]
 
 
 def test_without_a_gpu_it_says_what_is_possible(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,9 +80,9 @@ class Hardware:
     num_processes: int = 1
 
 
-def make_plan(recipe: Recipe, hardware: Hardware) -> Plan:
-    """Estimate one process's memory, and the time of a step on all processes."""
-    config = base_config(recipe.model)
+def make_plan(recipe: Recipe, hardware: Hardware, config: Any = None) -> Plan:
+    """Estimate one process's memory, and the time of a step on all processes; `config` is that of the base, where it is no checkpoint."""
+    config = config or base_config(recipe.model)
     compute_bytes = 2 if computes_in_bfloat16(recipe, hardware.device) else 4
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
