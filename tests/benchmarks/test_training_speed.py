@@ -1,4 +1,4 @@
-"""The training benchmark runs without a GPU, and packing changes no loss."""
+"""The training benchmarks run without a GPU, and packing changes no loss."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 
 from refusion.evaluation.results import read_result
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "training_speed.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def _run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *map(str, args)])
+def _run(monkeypatch: pytest.MonkeyPatch, *args: object, script: str = "training_speed.py") -> int:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
     return int(stop.value.code or 0)
 
 
@@ -40,3 +40,14 @@ def test_without_a_gpu_it_says_what_is_possible(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert _run(monkeypatch, "--parts", "small") == 1
     assert "use --dry-run" in capsys.readouterr().err
+
+
+def test_two_processes_are_compared_with_one_and_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a CPU by plain data parallelism; what the script does around the runs is the same on two GPUs."""
+    assert _run(monkeypatch, "--dry-run", "--steps", 4, "--output", tmp_path / "two.json", script="two_gpus.py") == 0
+    content = read_result(tmp_path / "two.json")
+    assert [run["label"] for run in content["runs"]] == ["one", "two", "resumed"]
+    assert {len(run["series"]["loss"]) for run in content["runs"]} == {4}
+    assert content["figures"]["two_against_one_loss_off_worst"] < 1e-5
+    assert content["figures"]["two_against_one_weights_off"] < 1e-3
+    assert content["figures"]["resumed_against_unbroken_weights_off"] < 1e-3

@@ -68,6 +68,8 @@ class TrainingReport:
     tokens_per_second: float
     """Tokens of the last log interval, padding not counted."""
     seconds: float
+    peak_memory_gb: float | None = None
+    """GPU memory that the first process's allocator took at most, None on a CPU; `--plan` adds what the driver takes."""
     validation_ar: float | None = None
     """AR loss of the validation rows at the end, None without such rows."""
     validation_mdm: float | None = None
@@ -323,4 +325,5 @@ def _summarise(
         loss_mdm=last.get("loss_mdm", 0.0),
         tokens_per_second=last.get("tokens_per_second", 0.0),
         seconds=seconds,
+        peak_memory_gb=torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None,
     )
