@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,3 +55,28 @@ def test_two_processes_are_compared_with_one_and_resumed(monkeypatch: pytest.Mon
     assert content["figures"]["two_against_one_loss_off_worst"] < 1e-5
     assert content["figures"]["two_against_one_weights_off"] < 1e-3
     assert content["figures"]["resumed_against_unbroken_weights_off"] < 1e-3
+
+
+def test_the_comparison_trains_goes_on_and_leaves_alone_what_is_finished(tmp_path: Path) -> None:
+    """The toy model on ready ids; one objective, for each run is a process of its own."""
+    data = tmp_path / "work" / "data"
+    data.mkdir(parents=True)
+    for name in ("predictable", "rg_sums", "selfwritten_train-00"):
+        rows = [{"prompt_ids": [10 + i % 40, 4], "answer_ids": [20, 30, 1]} for i in range(40)]
+        (data / f"{name}.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    (data / "rg_heldout.jsonl.gz").write_bytes(gzip.compress(b'{"query": "never trained on"}\n'))
+    small = ["base=toy", "mask_token=", "model.attention=sdpa", "compile=false", "num_workers=0", "pack_length=128", "rows_per_step=4"]
+    small += ["save_steps=2", "data.validation_rows=8", "chunk_size=64", "tensorboard=false"]
+    options = [word for setting in small for word in ("--set", setting)]
+    command = ["bash", BENCHMARKS / "train_comparison.sh", "3", "4", "--only", "block_diffusion", *options]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "WORK": str(tmp_path / "work"), "PATH": path, "OMP_NUM_THREADS": "1"}
+    first = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    recipe = json.loads((tmp_path / "work" / "runs" / "comparison" / "block_diffusion-3" / "recipe.json").read_text())
+    assert recipe["data"]["exclude"] == [str(data / "rg_heldout.jsonl.gz")]
+    report = json.loads((tmp_path / "work" / "out" / "comparison-block_diffusion-3.json").read_text())
+    assert (report["steps"], report["examples"]) == (4, 112)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (again.returncode, again.stdout) == (0, "block_diffusion-3 is finished\n")
+    assert subprocess.run(command[:2], env=environment, capture_output=True).returncode == 2
