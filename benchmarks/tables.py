@@ -4,7 +4,8 @@
     python benchmarks/tables.py --check
 
 A table stands between `<!-- table:KIND FILE FILE="a title" -->` and `<!-- /table -->`. FILE is a result file's name without `.json`;
-every run of it becomes a row (a column in side-by-side). Kinds: chat, tasks, families, cpu, forward, serving, fusion, training, parity, side-by-side.
+every run of it becomes a row (a column in side-by-side). Kinds: chat, tasks, families, cpu, forward, serving, fusion,
+training, parity, side-by-side.
 """
 
 from __future__ import annotations

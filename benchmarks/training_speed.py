@@ -241,8 +241,7 @@ def _speed(label: str, run: Trained, recipe: Recipe) -> Run:
     own_length = float((lengths.astype(np.float64) ** 2).sum() / lengths.sum())
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim * own_length
     flops = speed * (6 * matrix_weights(config) + attention)
-    rows = trainer.batches.schedule.plans[0]
-    share = float(lengths[rows.ids % len(run.examples)].sum() / (rows.num_rows * recipe.data.pack_length))
+    share = trainer.batches.schedule.packed_share
     tokens = recipe.data.rows_per_step * recipe.data.pack_length
     plan = _plan(recipe, config)
     figures = {

@@ -133,8 +133,12 @@ def test_too_little_memory_while_training_says_what_to_lower(small_recipe: Build
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer.RefusionTrainer, "compute_loss", full)
-    with pytest.raises(ConfigError, match=r"out of memory: raise data\.accumulation .*model\.gradient_checkpointing.*`--plan`"):
+    advice = r"out of memory: raise data\.accumulation .*model\.gradient_checkpointing.*`--plan`"
+    with pytest.raises(ConfigError, match=advice):
         train(small_recipe(), output=tmp_path, report=lambda line: None)
+    monkeypatch.setattr("refusion.training.run.prepare_model", full)  # when the model does not even fit the device
+    with pytest.raises(ConfigError, match=advice):
+        train(small_recipe(), output=tmp_path / "other", report=lambda line: None)
 
 
 def test_the_recipe_for_eight_gpus_fits_them(monkeypatch: pytest.MonkeyPatch) -> None:

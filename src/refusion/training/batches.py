@@ -117,6 +117,12 @@ class Schedule:
     first_rows: list[int] = field(default_factory=list)
     """Number of rows before each plan, for all plans and the end."""
 
+    @property
+    def packed_share(self) -> float:
+        """Share of the first epoch's packed rows that holds documents; the rest is padding."""
+        plan = self.plans[0]
+        return float(self.corruption.lengths(plan.epoch, plan.ids).sum() / (plan.num_rows * self.corruption.pack_length))
+
     def rows(self, step: int, part: int = 0, num_parts: int = 1) -> list[tuple[int, IntArray]]:
         """(epoch, example ids) of each row of a step that belongs to `part` (every num_parts-th)."""
         first = step * self.rows_per_step
