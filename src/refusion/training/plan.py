@@ -205,7 +205,8 @@ def _head_bytes(recipe: Recipe, config: Any, tokens: int, compute_bytes: int) ->
     # Eager: float32 logits, probabilities and gradient, and its copy in the computing type. Compiled: logits and gradient in that type.
     per_logit, per_teacher_logit = (2 * compute_bytes, compute_bytes) if recipe.model.compile else (18, 8)
     logits = chunk * config.vocab_size * (per_logit + (per_teacher_logit if recipe.objective.distill else 0))
-    head = config.vocab_size * config.hidden_size * (4 + (compute_bytes if compute_bytes == 2 else 0))
+    # The gradient of the head as the forward pass sums it and as the backward pass hands it on, and the head in the computing type.
+    head = config.vocab_size * config.hidden_size * (8 + (compute_bytes if compute_bytes == 2 else 0))
     return logits + head + 2 * tokens * config.hidden_size * 4
 
 
