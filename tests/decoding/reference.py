@@ -44,8 +44,9 @@ class Reference:
             self.committed.append(Row.of(token, position, self.committed))
         self.answer: dict[int, int] = {}  # place in the answer -> token
         self.num_forwards, self.num_drafts = 0, 0
+        self.firsts: dict[int, int] = {}  # slot -> its first token, where the slot before it has named it
         self.runner_ups: dict[int, list[list[int]]] = {}  # slot -> per place those of its draft
-        num_slots = -(-self.max_tokens // self.slot_size)
+        num_slots = self.num_slots = -(-self.max_tokens // self.slot_size)
         self.closed: set[int] = set()
         for block in range(0, num_slots, self.slots_per_block):
             self.open = [slot for slot in range(block, min(block + self.slots_per_block, num_slots)) if slot not in self.closed]
@@ -69,6 +70,8 @@ class Reference:
         chosen = [slot for slot in self.open if drafts[slot][0][1] > self.slot_threshold]
         if not chosen:
             chosen = [max(self.open, key=lambda slot: (drafts[slot][0][1], -slot))]
+        for slot in chosen:
+            self.firsts.pop(slot, None)
         self._verify({slot: [token for token, _ in drafts[slot]] for slot in chosen})
 
     def _plan(self) -> dict[int, list[tuple[int, float]]]:
@@ -85,6 +88,9 @@ class Reference:
                 token, confidence, _, _ = self._read(row)
                 drafts[slot].append((token, confidence))
                 self.runner_ups[slot].append(self._runner_ups(row))
+            if slot in self.firsts:
+                drafts[slot][0] = (self.firsts[slot], drafts[slot][0][1])
+                self.runner_ups[slot][0] = []
         return drafts
 
     def _verify(self, drafts: dict[int, list[int]]) -> None:
@@ -108,11 +114,13 @@ class Reference:
             touched = {slot for slot, _ in prefix[: ends[0] + 1]}
             self._close_behind(prefix[ends[0]][0])
             self.open = [slot for slot in self.open if slot not in touched]
+            self._name_firsts({slot: rows[slot] for slot in touched if slot != prefix[ends[0]][0]})
         elif len(prefix) >= self.slot_size:  # b
             for slot in list(drafts)[: len(prefix) // self.slot_size]:
                 for row in rows[slot]:
                     self._commit(row)
                 self.open.remove(slot)
+            self._name_firsts({slot: rows[slot] for slot in list(drafts)[: len(prefix) // self.slot_size]})
         else:  # c
             verified = {slot: self._prefix_length(passes[slot]) for slot in drafts}
             judged = {slot: self._judged(rows[slot], verified[slot]) for slot in drafts}
@@ -146,6 +154,16 @@ class Reference:
             for place in range(self._length(slot, drafts, verified)):
                 self._commit(rows[slot][place])
             self.open.remove(slot)
+        whole = [slot for slot in chosen if not any(token in self.eos_ids for token in drafts[slot])]
+        self._name_firsts({slot: rows[slot] for slot in whole})
+
+    def _name_firsts(self, whole: dict[int, list[Row]]) -> None:
+        """The last row of a slot that is final names the first token of the slot behind it, if that is open."""
+        last_open = self.num_slots if not self.closed else 0
+        for slot, rows in whole.items():
+            is_later = slot + 1 < last_open and (slot + 1) % self.slots_per_block == 0
+            if self.corrects and (slot + 1 in self.open or is_later):
+                self.firsts[slot + 1] = self._read(rows[-1], attempt=self.num_drafts + 1)[0]
 
     def _try_alternatives(
         self, slot: int, drafts: dict[int, list[int]], verified: dict[int, int], judged: dict[int, int], before: int

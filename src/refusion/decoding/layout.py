@@ -129,12 +129,14 @@ class _Cells:
         return self.prompt_lengths + slots[:, :, None] * self.slot_size + self.place
 
     def drafts(self) -> Grid:
+        """Row j judges token j + 1; the last row names the first token of the next slot."""
         is_chain = self.phase == VERIFY
         in_slot = self.is_chosen[:, :, None].expand_as(self.token_ids)
         is_needed = in_slot & (is_chain | (self.phase == INFILL) | ((self.phase == REMASK) & (self.place < self.verified[:, :, None])))
         chain_rank = in_slot.flatten(1).cumsum(dim=1).view_as(self.token_ids) - 1
         following = torch.cat((self.token_ids[:, :, 1:], self.token_ids[:, :, :1]), dim=2)
-        is_judge = (self.place < self.slot_size - 1) & (is_chain | (self.phase == INFILL))  # row j judges token j + 1
+        is_judging = is_chain | (self.phase == INFILL)
+        is_judge = (self.place < self.slot_size - 1) & is_judging
         # In a remask forward the last token that stands may be an alternative that was not tried ahead: its row names the next one.
         is_last = (self.phase == REMASK) & (self.place == self.verified[:, :, None] - 1)
         return self._grid(
@@ -143,7 +145,7 @@ class _Cells:
             segment=torch.where(is_chain, 0, self.slot.expand(-1, self.slot_size)),
             rank=torch.where(is_chain, chain_rank, self.place),
             is_trunk=(is_chain | (self.phase == INFILL)).expand_as(self.token_ids),
-            is_read=is_judge | is_last,
+            is_read=(is_judging | is_last).expand_as(self.token_ids),
             given_ids=torch.where(is_judge, following, 0),
             is_needed=is_needed,
         )

@@ -10,6 +10,7 @@ Tensor functions of fixed shape without a look at the data, so that they can be 
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from refusion.decoding.decisions import InfillVerdict, Verdict, choose_slots, infill_prefix, passing, verify_prefix
@@ -108,6 +109,8 @@ class _Settling:
             lengths=self._next_lengths(drafts.lengths, is_committed, keeps_infilling),
             status=self._next_status(is_committed, infill, keeps_infilling),
         )
+        if self.slots.correction == "autoregressive":
+            state = self._name_firsts(state, is_committed)
         state, plan_holds = self._apply_plan(state, plan_holds)
         state = self._next_phase(state, plan_holds, keeps_infilling, drafts.is_covered)
         return Settled(state, self._report(infill, is_committed, plan_holds, keeps_infilling | is_infilled))
@@ -206,12 +209,11 @@ class _Settling:
         return tried.gather(2, which.expand(-1, -1, 1, tried.shape[3]))[:, :, 0]
 
     def _next_lengths(self, verified: Tensor, is_committed: Tensor, keeps_infilling: Tensor) -> Tensor:
-        """[B, S]: committed lengths, verified lengths of slots in infill, 0 for the rest of the window."""
+        """[B, S]: committed lengths, verified lengths of slots in infill, 0 for chosen ones that are masks again."""
         now = is_committed.sum(dim=2)
         in_infill = (keeps_infilling | (self.phase[:, 0] == REMASK))[:, None] & self.is_chosen
         before = self.state.lengths.gather(1, self.placement.window)
-        is_final = self.state.status.gather(1, self.placement.window) == COMMITTED
-        window = torch.where(is_final, before, torch.where(in_infill, verified, now))
+        window = torch.where(self.is_chosen, torch.where(in_infill, verified, now), before)
         return self.state.lengths.scatter(1, self.placement.window, window)
 
     def _next_status(self, is_committed: Tensor, infill: InfillVerdict, keeps_infilling: Tensor) -> Tensor:
@@ -227,6 +229,22 @@ class _Settling:
         is_behind = torch.arange(status.shape[1], device=status.device) > last
         return torch.where(is_behind & ((status == OPEN) | (status == CHOSEN)), CLOSED, status)
 
+    def _name_firsts(self, state: DecodeState, is_committed: Tensor) -> DecodeState:
+        """The last row of a slot that is final now names the first token of the slot behind it, if that is still open.
+
+        An open slot of which that is known has length 1; its plan then leaves the first token alone.
+        """
+        num_slots = state.status.shape[1]
+        following = self.placement.window + 1
+        is_open = state.status.gather(1, following.clamp(max=num_slots - 1)) == OPEN
+        is_named = is_committed[:, :, -1] & ~self.is_eos[:, :, -1] & (following < num_slots) & is_open
+        target = torch.where(is_named, following, num_slots)  # one column more takes what is not named
+        names = self.placement.fold("drafts", self.readout.token_ids)[:, :, -1]
+        firsts = F.pad(state.token_ids[:, :, 0], (0, 1)).scatter(1, target, names)[:, :num_slots]
+        lengths = F.pad(state.lengths, (0, 1)).scatter(1, target, 1)[:, :num_slots]
+        token_ids = torch.cat((firsts[:, :, None], state.token_ids[:, :, 1:]), dim=2)
+        return replace(state, token_ids=token_ids, lengths=lengths)
+
     def _apply_plan(self, state: DecodeState, plan_holds: Tensor) -> tuple[DecodeState, Tensor]:
         """Draft and choose slots from the plan rows where the plan holds and had anything to plan."""
         slots, is_planned = self.placement.plan_slots, self.placement.is_planned
@@ -235,10 +253,11 @@ class _Settling:
         drafts = self.placement.fold("plan", self.readout.token_ids)
         scores = self.placement.fold("plan", self.readout.confidence)[:, :, 0]
         is_chosen = choose_slots(scores, is_planned, self.slots.slot_threshold)
-        keep = _slots_of(state.token_ids, slots)
-        token_ids = _with_slots(state.token_ids, slots, torch.where(is_planned[:, :, None], drafts, keep))
+        is_named = (state.status.gather(1, slots) == OPEN) & (state.lengths.gather(1, slots) == 1)  # [B, W]
+        is_new = is_planned[:, :, None] & ~(is_named[:, :, None] & (self.place == 0))
+        token_ids = _with_slots(state.token_ids, slots, torch.where(is_new, drafts, _slots_of(state.token_ids, slots)))
         if self.num_alternatives:
-            runner_ups = self.placement.fold_each("plan", self.readout.runner_ups)
+            runner_ups = torch.where(is_new[..., None], self.placement.fold_each("plan", self.readout.runner_ups), -1)
             runner_ups = torch.where(is_planned[:, :, None, None], runner_ups, _slots_of(state.runner_ups, slots))
             state = replace(state, runner_ups=_with_slots(state.runner_ups, slots, runner_ups))
         status = state.status.scatter(1, slots, torch.where(is_chosen, CHOSEN, state.status.gather(1, slots)))

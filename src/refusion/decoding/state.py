@@ -22,7 +22,7 @@ class DecodeState:
     token_ids: Tensor  # [B, S, K] committed tokens and current drafts
     status: Tensor  # [B, S]
     runner_ups: Tensor  # [B, S, K, R] of each draft that comes from a mask, -1 of others
-    lengths: Tensor  # [B, S] committed tokens of a committed slot, verified tokens of a chosen one
+    lengths: Tensor  # [B, S] committed tokens of a committed slot, verified tokens of a chosen one, 1 of an open one whose first is known
     phase: Tensor  # [B]
     num_drafts: Tensor  # [B] logical drafts so far, keys the noise
     num_forwards: Tensor  # [B]

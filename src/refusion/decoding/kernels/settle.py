@@ -182,7 +182,6 @@ def _settle(
     is_chosen = (verified >= 0) & (is_judging | (phase == REMASK))
     is_planned = (tl.load(agenda + AGENDA_VERIFIED + W + slot, mask=is_slot, other=0) != 0) & runs
     drafts = tl.load(token_ids + window * K + cell, mask=is_cell, other=0).to(tl.int32)
-    was_status = tl.load(status + window + slot, mask=is_slot, other=CLOSED).to(tl.int32)
 
     # Where the rows of this forward are, as `refusion.decoding.kernels.layout` wrote them.
     chosen, planned = is_chosen.to(tl.int32), is_planned.to(tl.int32)
@@ -309,6 +308,11 @@ def _settle(
     keep = seat * (W * K) + cell
     kept_row = start + tl.minimum(draft_row[:, None] + place, num_rows - 1)
 
+    if CORRECTS:
+        # The last row of a slot that is final now names the first token of the slot behind it, if that is still open.
+        ends_whole = is_chosen & (num_committed == K) & ~is_ended & (window + slot + 1 < S)
+        first_named = tl.load(drawn_ids + tl.minimum(draft_row + K - 1, num_rows - 1), mask=ends_whole, other=0)
+
     tl.debug_barrier()  # everything is read before anything is written
     tl.store(source + keep, tl.where(is_kept, kept_row, -1), mask=is_cell)
     tl.store(target + keep, tl.where(is_kept, page * page_size + token_place % page_size, -1), mask=is_cell)
@@ -317,13 +321,25 @@ def _settle(
     next_status = tl.where(num_committed > 0, COMMITTED, OPEN)
     tl.store(status + window + slot, next_status, mask=is_chosen & ((num_committed > 0) | ~stays))
     next_lengths = tl.where(is_chosen & stays, next_stands, num_committed)
-    tl.store(lengths + window + slot, next_lengths, mask=is_slot & runs & (was_status != COMMITTED))
+    tl.store(lengths + window + slot, next_lengths, mask=is_chosen & runs)
     tl.store(token_ids + window * K + cell, next_drafts, mask=is_cell & is_chosen[:, None])
+    is_new_plan = takes_plan[:, None] & is_cell
+    if CORRECTS:
+        tl.debug_barrier()
+        following = window + slot + 1
+        is_named = ends_whole & (tl.load(status + following, mask=ends_whole, other=CLOSED) == OPEN)
+        tl.store(token_ids + following * K, first_named, mask=is_named)
+        tl.store(lengths + following, 1, mask=is_named)
+        tl.debug_barrier()
+        has_first = tl.load(lengths + plan + slot, mask=takes_plan, other=0) == 1  # the plan leaves the first token alone
+        is_new_plan &= ~(has_first[:, None] & (place == 0))
+        tl.debug_barrier()
     tl.store(status + plan + slot, CHOSEN, mask=picks)
     tl.store(lengths + plan + slot, 0, mask=picks)
-    tl.store(token_ids + plan_cell, plan_drafts, mask=takes_plan[:, None] & is_cell)
+    tl.store(token_ids + plan_cell, plan_drafts, mask=is_new_plan)
     if R > 0:
         tl.store(own, next_runner_up, mask=is_cell_of_each & is_chosen[:, None, None])
+        plan_runner_ups = tl.where(is_new_plan[:, :, None], plan_runner_ups, -1)
         tl.store(runner_ups + plan_cell[:, :, None] * R + which, plan_runner_ups, mask=is_planned_each)
 
     # Slots behind the end of the answer are closed; the first slot with something to write begins the next window.
