@@ -281,7 +281,8 @@ class DiffusionRounds:
             is_first = state.step == 0
             start = torch.zeros_like(state.first) if params.cache == "none" else torch.where(is_first, 0, state.first)
             stop = torch.where(is_first, state.end, block_end) if params.cache == "dual" else state.end
-        return _Stretch(start, torch.where(state.is_done == 0, stop, start), state.first, block_end)
+        stop = torch.where(state.is_done == 0, stop, start)
+        return _Stretch(start, stop, state.first.clone(), block_end)  # the state may change before this is used up
 
     def _rank(self, position: Tensor, prompt_length: Tensor) -> Tensor:
         """[T] number of the block; prompt and answer are cut into blocks of their own, as in training."""

@@ -57,6 +57,7 @@ def build_engine(
         banned_ids=banned_ids,
         mask_id=network.config.mask_token_id,
         use_kernels=device.type == "cuda",
+        prefill_rows=min(prompt_rows, most_rows // 2),
     )
     measure = cache(costs or (lambda: measured_costs(network)))
     # On a CPU the checkpoint says how many lengths pay there; measuring takes seconds, and only `auto` waits for that.
