@@ -6,13 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engines import DIFFUSION, Plain, check, is_idle, new_request, run
+from engines import Plain, is_idle, new_request, run
 
 from refusion.decoding.diffusion_params import BlockDiffusionParams, DiffusionParams, MaskedDiffusionParams
-from refusion.decoding.events import Event
 from refusion.engine.core import Engine
 from refusion.engine.requests import Answer
-from refusion.errors import RequestError
 
 PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], [16, 17], [18], [7, 8, 9, 20, 21, 22, 23, 24, 25], [7, 8, 9, 20, 21, 22, 23, 24, 30]]
 ENDS = tuple(range(40, 52))

@@ -19,7 +19,7 @@ class MaskedDiffusionParams:
     block_size: int = DEFAULT_BLOCK_SIZE
     """Answer tokens that are finished before the next ones are begun, at least 1; max_tokens or more: one block, pure diffusion."""
     steps: int | None = None
-    """Forwards of a whole block, in [1, block_size]: masks are shared out evenly. None: one token a forward, or what `threshold` makes of it."""
+    """Forwards of a block, in [1, block_size]: masks are shared out evenly. None: one token a forward, or what `threshold` makes of it."""
     threshold: float | None = None
     """Instead of steps: a forward commits every prediction more probable than this, in [0, 1], and at least the best one."""
     cache: BlockCache = "none"
@@ -47,7 +47,7 @@ class BlockDiffusionParams:
     steps: int | None = None
     """Forwards of a block, in [1, block_size]: masks are shared out evenly; instead of threshold."""
     threshold: float | None = None
-    """A forward commits every prediction more probable than this, in [0, 1], and at least the best one. None: 0.9, unless steps is given."""
+    """A forward commits every prediction more probable than this, in [0, 1], at least the best one. None: 0.9, unless steps is given."""
     fuse_commit: bool = True
     """Cache a finished block in the forward that denoises the next one; False: in a forward of its own. The tokens are the same."""
 

@@ -64,8 +64,8 @@ class _Stretch:
 
 
 class DiffusionRounds:
-    """See `refusion.decoding.rounds.Rounds`. Unlike other rounds, these are read by `reads` alone: a readout has a row [B * K] for each
-    token of each seat's block, `given_ids`, `seeds` and `attempts` go with it, and `source` and `target` have an entry for every decode row.
+    """See `refusion.decoding.rounds.Rounds`. Unlike other rounds, these are read by `reads` alone: a readout has a row [B * K] for every
+    token of a seat's block, as have `given_ids`, `seeds` and `attempts`; `source` and `target` have an entry for every decode row.
     """
 
     def __init__(
