@@ -94,7 +94,7 @@ def test_a_threshold_commits_all_above_it_and_at_least_the_best() -> None:
 
 
 def test_equal_confidence_goes_to_the_first() -> None:
-    flat = by_position({position: (5, 0.5) for position in range(2, 8)})
+    flat = by_position(dict.fromkeys(range(2, 8), (5, 0.5)))
     trace = written(flat, [2, 3], MaskedDiffusionParams(block_size=6, steps=3), 6)
     assert trace.commits == [{0: 5, 1: 5}, {2: 5, 3: 5}, {4: 5, 5: 5}]
 

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engines import Plain, is_idle, new_request, run
+from engines import Plain, check, is_idle, new_request, run
 
 from refusion.decoding.diffusion_params import BlockDiffusionParams, DiffusionParams, MaskedDiffusionParams
+from refusion.decoding.events import Event
 from refusion.engine.core import Engine
 from refusion.engine.requests import Answer
+from refusion.errors import RequestError
 
 PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], [16, 17], [18], [7, 8, 9, 20, 21, 22, 23, 24, 25], [7, 8, 9, 20, 21, 22, 23, 24, 30]]
 ENDS = tuple(range(40, 52))
@@ -62,3 +64,120 @@ def test_tokens_and_forwards_are_those_of_the_plain_loops(
         assert (answer.token_ids, answer.num_forwards) == plain(asked(prompt, [], name, eos_ids=ENDS, **sampling))
         assert answer.is_stopped == (answer.token_ids[-1] in ENDS)
     assert is_idle(engine)
+
+
+@pytest.mark.parametrize("name", ["prefix cache", "blocks", "blocks unfused"])
+def test_the_youngest_makes_room_and_goes_on_where_it_stopped(new_engine: NewEngine, plain: Plain, name: str) -> None:
+    engine = new_engine(cache_tokens=36, max_num_seqs=3)
+    answers: list[Answer] = []
+    # The first one grows by a page now and then; whoever came last has to give way.
+    asked_for = [
+        new_request([7] * 12, answers, index=0, decoder="autoregressive", max_tokens=24),
+        *(asked([10 + index] * 4, answers, name, index=index, max_tokens=16) for index in (1, 2)),
+    ]
+    for request in asked_for:
+        engine.add(request)
+    for _ in range(200):
+        engine.step()
+        check(engine)
+    assert engine.scheduler.num_preempted > 0
+    assert len(answers) == 3
+    assert all((answer.token_ids, answer.num_forwards) == plain(asked_for[answer.request]) for answer in answers)
+    assert is_idle(engine)
+
+
+def test_pages_are_not_taken_from_those_who_have_none(new_engine: NewEngine, plain: Plain) -> None:
+    engine = new_engine(cache_tokens=44, max_num_seqs=3, prefix_caching=False)
+    answers: list[Answer] = []
+    asked_for = [
+        *(new_request([7 + index] * 4, answers, index=index, decoder="autoregressive", max_tokens=24) for index in range(2)),
+        asked([9] * 4, answers, "plain", index=2, max_tokens=30),
+    ]
+    for request in asked_for:
+        engine.add(request)
+    run(engine)
+    assert engine.scheduler.num_preempted > 0
+    assert all((answer.token_ids, answer.num_forwards) == plain(asked_for[answer.request]) for answer in answers)
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_an_aborted_request_is_silent_and_the_others_do_not_notice(new_engine: NewEngine, plain: Plain, name: str) -> None:
+    for num_steps in (0, 1, 3, 5):
+        engine, answers, events = new_engine(max_num_seqs=2), [], []
+        requests = [engine.add(asked([7, 8, 9 + index], answers, name, index=index, on_event=events.append)) for index in range(4)]
+        for _ in range(num_steps):
+            engine.step()
+        heard = len(events)
+        for request in (requests[0], requests[3]):
+            engine.abort(request)
+        run(engine)
+        check(engine)
+        assert sorted(answer.request for answer in answers) == [1, 2]
+        assert not [event for event in events[heard:] if event.request in (0, 3)]
+        assert all(answer.token_ids == plain(asked([7, 8, 9 + answer.request], [], name))[0] for answer in answers)
+        assert is_idle(engine)
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_events_retell_every_answer(new_engine: NewEngine, name: str) -> None:
+    events: list[Event] = []
+    for answer in answer_all(new_engine(), PROMPTS, name, on_event=events.append, eos_ids=ENDS, temperature=1.0):
+        own = [event for event in events if event.request == answer.request]
+        assert {event.kind for event in own} == {"committed", "finished"}
+        places = [
+            (event.offset + place, token) for event in own if event.kind == "committed" for place, token in enumerate(event.token_ids)
+        ]
+        assert len(dict(places)) == len(places), "a token was committed twice"
+        assert [dict(places)[place] for place in range(len(answer.token_ids))] == answer.token_ids
+        assert own[-1].finish_reason == ("stop" if answer.is_stopped else "length")
+        assert own[-1].forward == answer.num_forwards
+        assert own[-1].forward == max(event.forward for event in own)
+
+
+def test_a_stop_ends_one_request(new_engine: NewEngine, plain: Plain) -> None:
+    free = [plain(asked(prompt, [], "plain"))[0] for prompt in PROMPTS]
+
+    def find_stop(token_ids: list[int]) -> int | None:
+        return 6 if token_ids[:6] == free[1][:6] else None
+
+    stopped = answer_all(new_engine(), PROMPTS, "plain", find_stop=find_stop)
+    assert stopped[1].token_ids == free[1][:6]
+    assert stopped[1].num_forwards < 16
+    assert all(answer.token_ids == free[answer.request] for answer in stopped if answer.request != 1)
+
+
+def test_prompts_of_block_diffusion_are_never_shared_with_causal_ones(new_engine: NewEngine, plain: Plain) -> None:
+    engine = new_engine()
+    prompt = list(range(10, 22))
+    for request in (new_request(prompt, [], decoder="refusion"), asked(prompt, [], "blocks"), new_request(prompt, [], decoder="refusion")):
+        answers: list[Answer] = []
+        engine.add(type(request)(**{name: getattr(request, name) for name in request.__slots__} | {"on_answer": answers.append}))
+        run(engine)
+        assert answers[0].token_ids == plain(request)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("plain", "masked_diffusion needs 37 rows in a forward of at most 15; lower max_tokens or raise max_decode_rows"),
+        ("prefix cache", "together more than the KV cache of 32 tokens holds"),
+        ("blocks", "together more than the KV cache of 32 tokens holds"),
+    ],
+)
+def test_a_request_that_can_never_fit_is_refused_at_the_door(new_engine: NewEngine, name: str, message: str) -> None:
+    engine = new_engine(cache_tokens=32, max_decode_rows=15)
+    with pytest.raises(RequestError, match=message):
+        engine.add(asked([7] * 21, [], name, index=3))
+    assert not engine.has_work
+
+
+def test_a_request_waits_until_a_forward_has_rows_for_it(new_engine: NewEngine, plain: Plain) -> None:
+    engine, answers = new_engine(max_decode_rows=40), []
+    for index, prompt in enumerate(PROMPTS):
+        engine.add(asked(prompt, answers, "plain", index=index))
+    most = 0
+    while engine.has_work:
+        engine.step()
+        most = max(most, *(len(seats) for seats in engine.scheduler.lanes.values()))
+    assert most == 2  # 16 masks and a prompt each
+    assert all(answer.token_ids == plain(asked(PROMPTS[answer.request], [], "plain"))[0] for answer in answers)

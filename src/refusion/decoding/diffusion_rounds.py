@@ -177,8 +177,12 @@ class DiffusionRounds:
         tiles: Tiles | None = None,
         tile_start: int = 0,
     ) -> None:
-        self._start, self._num_rows = start, rows.num_rows
         assert rows.num_rows <= self.max_rows, f"{rows.num_rows} rows, but room for {self.max_rows}"
+        if self.use_kernels:
+            from refusion.decoding.kernels.diffusion import lay_out  # triton is there only where there are kernels
+
+            lay_out(self, rows, spans, start=start, num_seats=num_seats, tiles=tiles, tile_start=tile_start)
+            return
         state = self.state(num_seats)
         spans.cached.copy_(self._visible(state, spans.cached))
         stretch = self._stretch(state, spans.cached.long())
@@ -197,7 +201,7 @@ class DiffusionRounds:
             nothing.zero_()
         spans.row_start.copy_(begin.clamp(max=rows.num_rows) + start)
         spans.row_end.copy_(last.clamp(max=rows.num_rows) + start)
-        self._keep(state, stretch, spans, seat, position, is_row)
+        self._keep(state, stretch, spans, seat, position, is_row, start)
         place = torch.arange(self.block_size, device=last.device)
         read = (begin + stretch.first - stretch.start)[:, None] + place  # [B, K]
         num_read = num_seats * self.block_size
@@ -209,6 +213,11 @@ class DiffusionRounds:
 
     @torch.no_grad()
     def settle(self, readout: Readout, spans: Spans, *, num_seats: int, candidates: int) -> None:
+        if self.use_kernels:
+            from refusion.decoding.kernels.diffusion import settle
+
+            settle(self, readout, spans, num_seats=num_seats)
+            return
         state = self.state(num_seats)
         cached = spans.cached.long()
         stretch = self._stretch(state, cached)
@@ -243,7 +252,7 @@ class DiffusionRounds:
         state.first.add_(is_whole.long() * self.block_size)
 
         need = (stretch.stop - stretch.start)[:, None]
-        overflow = torch.minimum((need.cumsum(dim=0) - self._num_rows).clamp(min=0), need)
+        overflow = need - (spans.row_end - spans.row_start)[:, None]
         following = self._stretch(state, self._visible(state, spans.cached).long())
         groups = (
             state.is_done[:, None],
@@ -294,7 +303,7 @@ class DiffusionRounds:
         in_answer = num_before + torch.div(behind, size, rounding_mode="floor")
         return torch.where(position < prompt_length, torch.div(position, size, rounding_mode="floor"), in_answer)
 
-    def _keep(self, state: _State, stretch: _Stretch, spans: Spans, seat: Tensor, position: Tensor, is_row: Tensor) -> None:
+    def _keep(self, state: _State, stretch: _Stretch, spans: Spans, seat: Tensor, position: Tensor, is_row: Tensor, start: int) -> None:
         """Rows that join the cache, by decode row."""
         if not self.has_cache:
             return
@@ -307,7 +316,7 @@ class DiffusionRounds:
                 is_kept = is_kept | (is_row & is_behind & (state.step[seat] == 0))
                 place = torch.where(is_behind, position - (block_end - first), position)
         place = place.clamp(max=spans.page_table.shape[1] * spans.page_size - 1)
-        index = torch.arange(len(position), device=position.device) + self._start
+        index = torch.arange(len(position), device=position.device) + start
         self.source[: len(position)].copy_(torch.where(is_kept, index, -1))
         self.target[: len(position)].copy_(torch.where(is_kept, spans.cache_rows(seat, place), -1))
 
