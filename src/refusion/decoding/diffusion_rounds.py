@@ -268,8 +268,8 @@ class DiffusionRounds:
 
     def state(self, num_seats: int) -> _State:
         """Views of the first seats."""
-        columns = (self.table.column(name, num_seats) for name in SCALARS)
-        return _State(*columns, self.table.group("text", num_seats))
+        columns = {name: self.table.column(name, num_seats) for name in SCALARS}
+        return _State(**columns, text=self.table.group("text", num_seats))
 
     def _visible(self, state: _State, cached: Tensor) -> Tensor:
         """Cached tokens that the next forward sees: masked diffusion begins every block anew."""

@@ -64,10 +64,10 @@ def _prompt_rows(most: int) -> tuple[int, ...]:
 
 def _diffusion_shapes(key: LaneKey, load: Expected, num_seats: int, seated: tuple[int, int]) -> Iterator[WantedShape]:
     """From a block of the fewest requests to prompts and answers, or prompts and blocks, of the most."""
-    assert key.diffusion is not None, "only diffusion lanes run prompts as decode rows"
-    is_whole = isinstance(key.diffusion, MaskedDiffusionParams)
-    most_each = load.prompt_tokens + (load.answer_tokens if is_whole else key.width)
-    fewest_each = load.answer_tokens + 1 if is_whole and key.diffusion.cache == "none" else key.width
+    most_each, fewest_each = load.prompt_tokens + key.width, key.width
+    if isinstance(key.diffusion, MaskedDiffusionParams):
+        most_each = load.prompt_tokens + load.answer_tokens
+        fewest_each = load.answer_tokens + 1 if key.diffusion.cache == "none" else key.width
     most = row_bucket(min(seated[1] * max(most_each, 2 * key.width), load.decode_rows), num_seats)
     rows = min(seated[0] * fewest_each, most)
     while (bucket := row_bucket(rows, num_seats)) < most:

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
 # Columns of the table, as `refusion.decoding.diffusion_rounds.SCALARS` names them; the text follows.
 PROMPT_LENGTH, SEED, END, FIRST, STEP, NUM_DRAFTS, NUM_FORWARDS, IS_DONE, TEXT = (tl.constexpr(column) for column in range(9))
+KINDS = ("none", "prefix", "dual", "blocks", "blocks unfused")
 NO_CACHE, PREFIX, DUAL, BLOCKS, BLOCKS_UNFUSED = (tl.constexpr(kind) for kind in range(5))
 TOKENS = tl.constexpr(7)
 """First column of a report's tokens."""
-CHUNK = tl.constexpr(128)
+_CHUNK = 128
+CHUNK = tl.constexpr(_CHUNK)
 OTHERS = tl.constexpr(32)
 """Tokens of a block that are compared with all others at a time."""
 
@@ -38,7 +40,7 @@ def lay_out(rounds: DiffusionRounds, rows: Rows, spans: Spans, *, start: int, nu
     num_read = num_seats * rounds.block_size
     launch(
         _lay_out,
-        (triton.cdiv(max(rows.num_rows, num_read, num_tiles - tile_start, 1), CHUNK.value),),
+        (-(-max(rows.num_rows, num_read, num_tiles - tile_start, 1) // _CHUNK),),
         rounds.table.values,
         rounds.table.values.stride(0),
         rows.token_ids,
@@ -113,8 +115,8 @@ def settle(rounds: DiffusionRounds, readout: Readout, spans: Spans, *, num_seats
 def _kind(rounds: DiffusionRounds) -> int:
     params = rounds.params
     if isinstance(params, BlockDiffusionParams):
-        return (BLOCKS if params.fuse_commit else BLOCKS_UNFUSED).value
-    return {"none": NO_CACHE, "prefix": PREFIX, "dual": DUAL}[params.cache].value
+        return KINDS.index("blocks" if params.fuse_commit else "blocks unfused")
+    return KINDS.index(params.cache)
 
 
 @triton.jit
@@ -145,7 +147,8 @@ def _seat_stretch(table, line_stride, cached, seat, is_seat, prefill_rows, K: tl
     in_cache = first * 0
     if KIND >= BLOCKS:
         in_cache = tl.load(cached + seat, mask=is_seat, other=0)
-    start, stop, block_end = _stretch(first, end, step, is_done, in_cache, prefill_rows, K, KIND)
+    # To a type checker `tl.where` never returns.
+    start, stop, block_end = _stretch(first, end, step, is_done, in_cache, prefill_rows, K, KIND)  # pyright: ignore[reportGeneralTypeIssues]
     return first, step, start, stop, block_end
 
 
