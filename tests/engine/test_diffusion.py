@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -151,7 +152,7 @@ def test_prompts_of_block_diffusion_are_never_shared_with_causal_ones(new_engine
     prompt = list(range(10, 22))
     for request in (new_request(prompt, [], decoder="refusion"), asked(prompt, [], "blocks"), new_request(prompt, [], decoder="refusion")):
         answers: list[Answer] = []
-        engine.add(type(request)(**{name: getattr(request, name) for name in request.__slots__} | {"on_answer": answers.append}))
+        engine.add(replace(request, on_answer=answers.append))
         run(engine)
         assert answers[0].token_ids == plain(request)[0]
 

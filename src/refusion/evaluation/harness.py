@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from refusion.decoding.params import SamplingParams, SlotParams
 from refusion.errors import CheckpointError, ConfigError
+from refusion.evaluation.diffusion_likelihood import diffusion_bounds
 from refusion.evaluation.likelihood import BoundSettings, Likelihood, Pair, chain_likelihoods, slot_bounds
 from refusion.llm import DECODERS, DIFFUSION, LLM, RequestOutput
 
@@ -228,8 +229,13 @@ class ReFusionLM(TemplateLM):
             slot_size = SlotParams(**self.slots).resolve(self.llm.recommended).slot_size
             settings = BoundSettings(slot_size=slot_size, num_samples=self.num_samples, seed=self.seed)
             found = slot_bounds(self.llm.model, pairs, mask_id, settings, self._rows)
+        elif self.diffusion is not None:
+            mask_id = self.llm.model.config.mask_token_id
+            assert mask_id is not None, "checked when the model was loaded"
+            noise = {"num_samples": self.num_samples, "seed": self.seed}
+            found = diffusion_bounds(self.llm.model, pairs, mask_id, self.diffusion, **noise, batch_size=self._rows)
         else:
-            raise ConfigError(f"decoder={self.decoder} has no likelihood here; use refusion or autoregressive, or generative tasks")
+            raise ConfigError(f"decoder={self.decoder} has no likelihood here; name the decoder, or use generative tasks")
         self.likelihoods += found
         return found
 
@@ -254,7 +260,8 @@ class ReFusionLM(TemplateLM):
     def _fitted(self, context: list[int], answer: list[int]) -> Pair:
         """A pair within the model's context; the beginning of the context is what goes."""
         assert len(answer) <= self.max_length, f"a continuation of {len(answer)} tokens, the context holds {self.max_length}"
-        room = self.max_length + 1 - len(answer)  # the last token of the answer is never fed
+        is_chain = self.diffusion is None
+        room = max(self.max_length + is_chain - len(answer), 1)  # the last token of the answer is never fed to a chain
         return context[-room:], answer
 
     def _are_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
