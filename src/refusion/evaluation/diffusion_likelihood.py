@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -50,16 +51,14 @@ def diffusion_samples(pair: Pair, mask_token_id: int, params: DiffusionParams, n
     context, answer = pair
     is_block = isinstance(params, BlockDiffusionParams)
     borders = cut_slots(len(answer), params.size if is_block else len(answer))
+    lay_out = partial(_block_row, borders=borders) if is_block else _whole_row
     key = zlib.crc32(np.asarray([len(context), *context, *answer], dtype=np.int64).tobytes())
     generator = row_generator(seed, 0, key)
     starts = generator.random(len(borders) - 1)
     samples: list[Sample] = []
     for index in range(1 if _largest_block(pair, params) == 1 else num_samples):
         masked, weights = _masked_sets(borders, (starts + index / num_samples) % 1.0, generator)
-        row = (
-            _block_row(context, answer, masked, borders, mask_token_id) if is_block else _whole_row(context, answer, masked, mask_token_id)
-        )
-        samples.append((row, weights))
+        samples.append((lay_out(context, answer, masked, mask_token_id), weights))
     return samples
 
 
@@ -83,12 +82,12 @@ def _whole_row(context: Sequence[int], answer: Sequence[int], masked: IntArray, 
     return ScoreRow([*context, *noisy], range(length), indices, [answer[i] for i in masked], Sight(nothing, nothing, nothing))
 
 
-def _block_row(context: Sequence[int], answer: Sequence[int], masked: IntArray, borders: IntArray, mask_token_id: int) -> ScoreRow:
+def _block_row(context: Sequence[int], answer: Sequence[int], masked: IntArray, mask_token_id: int, borders: IntArray) -> ScoreRow:
     """Context, clean blocks but the last, noisy blocks: `refusion.training.layouts.block_diffusion_row`."""
     num_prompt, num_clean, size = len(context), int(borders[-2]), int(borders[1])
     before = -(-num_prompt // size)  # blocks of the prompt
     block_of = np.repeat(np.arange(len(borders) - 1), np.diff(borders))
-    ranks = [*(place // size for place in range(num_prompt)), *(before + block_of[:num_clean]), *[0] * len(answer)]
+    ranks = [*(place // size for place in range(num_prompt)), *(before + block_of[:num_clean]).tolist(), *[0] * len(answer)]
     positions = [*range(num_prompt + num_clean), *range(num_prompt, num_prompt + len(answer))]
     clean = [0] * (num_prompt + num_clean)
     return ScoreRow(
@@ -96,7 +95,7 @@ def _block_row(context: Sequence[int], answer: Sequence[int], masked: IntArray, 
         positions,
         (num_prompt + num_clean + masked).tolist(),
         [answer[i] for i in masked],
-        Sight([*clean, *(1 + block_of)], ranks, [*clean, *(before + block_of)]),
+        Sight([*clean, *(1 + block_of).tolist()], ranks, [*clean, *(before + block_of).tolist()]),
     )
 
 
