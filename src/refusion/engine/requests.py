@@ -182,7 +182,7 @@ def first_room(new: NewRequest, key: LaneKey) -> int:
     return len(new.prompt_ids) - (key.decoder == "autoregressive")
 
 
-def most_rows(new: NewRequest, key: LaneKey, prefill_rows: int) -> int:
+def diffusion_rows(new: NewRequest, key: LaneKey, prefill_rows: int) -> int:
     """Most decode rows one forward takes for a request of a diffusion lane."""
     if isinstance(key.diffusion, MaskedDiffusionParams):
         return len(new.prompt_ids) + new.sampling.max_tokens

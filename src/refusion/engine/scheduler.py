@@ -16,7 +16,7 @@ from refusion.engine.candidates import Candidates
 from refusion.engine.lanes import LaneKey
 from refusion.engine.pages import PagePool
 from refusion.engine.prefix import PrefixCache
-from refusion.engine.requests import NewRequest, Request, State, cache_room, first_room, lane_key, most_rows
+from refusion.engine.requests import NewRequest, Request, State, cache_room, diffusion_rows, first_room, lane_key
 from refusion.engine.runner import PromptRows, Runner
 from refusion.engine.seats import Seats
 from refusion.engine.shapes import seat_bucket
@@ -104,7 +104,7 @@ class Scheduler:
                 )
 
     def _check_rows(self, new: NewRequest, key: LaneKey) -> None:
-        num_rows = most_rows(new, key, key.width)
+        num_rows = diffusion_rows(new, key, key.width)
         if num_rows > self.limits.decode_rows:
             raise RequestError(
                 f"prompt {new.index} has {len(new.prompt_ids)} tokens and max_tokens is {new.sampling.max_tokens}; {new.decoder} needs "

@@ -20,7 +20,7 @@ from refusion.decoding.state import DONE
 from refusion.engine.commits import Demand, commits, fresh_agenda, num_committed
 from refusion.engine.experience import Experience
 from refusion.engine.lanes import Lane, LaneKey
-from refusion.engine.requests import GAP, Request, Saved, State, cache_room, first_room, most_rows
+from refusion.engine.requests import GAP, Request, Saved, State, cache_room, diffusion_rows, first_room
 from refusion.engine.runner import Runner
 
 # B = seats, R = report columns, N = answer tokens
@@ -101,7 +101,7 @@ class Seats:
         rounds = self.lane.rounds
         if not isinstance(rounds, DiffusionRounds):
             return True
-        return sum(most_rows(each.new, self.key, rounds.prefill_rows) for each in (*self.requests, request)) <= most
+        return sum(diffusion_rows(each.new, self.key, rounds.prefill_rows) for each in (*self.requests, request)) <= most
 
     def wait(self, request: Request) -> None:
         """Queue up; who came first is first, wherever it has been in between."""
