@@ -48,7 +48,8 @@ class ShallowForward(ScriptedForward):
         rows = shallow(batch.token_ids[0].tolist(), batch.positions[0].tolist(), batch.segments.attn_mask()[0], committed)
         cache.new = [list(rows)]
         self.forwards.append([rows])
-        readout = Readout(*(torch.zeros(1, num_tokens, dtype=kind) for kind in (torch.long, torch.float, torch.float, torch.bool)))
+        parts = (torch.zeros(1, num_tokens, dtype=kind) for kind in (torch.long, torch.float, torch.float, torch.bool))
+        readout = Readout(*parts, torch.zeros(1, num_tokens, 0, dtype=torch.long))
         for place in batch.is_read[0].nonzero()[:, 0].tolist():
             keys = ReadRows(batch.draw.seeds, batch.draw.attempts, batch.positions[:, place], batch.given_ids[:, place])
             one = readout_logits(self.script(rows[place]).clone()[None], self.banned, batch.draw, keys)

@@ -18,6 +18,8 @@ from refusion.errors import ConfigError
         ("token_threshold", 2.0),
         ("acceptance", "maybe"),
         ("correction", "none"),
+        ("alternatives", 4),
+        ("alternatives", -1),
         ("max_candidates", -1),
         ("serial_blocks", 0),
         ("block_size", 0),
@@ -67,6 +69,10 @@ def test_fields_left_out_come_from_the_checkpoint_then_from_the_defaults() -> No
     assert SlotParams(slot_size=3).resolve(recommended) == SlotSettings(slot_size=3, token_threshold=0.2)
     assert SlotParams(serial_blocks=2).resolve(recommended) == SlotSettings(slot_size=4, serial_blocks=2, token_threshold=0.2)
     assert SlotParams().resolve({}) == SlotSettings()
+    # Alternatives need the autoregressive correction: the paper's leaves the checkpoint's out, and refuses those that are asked for.
+    assert SlotParams(correction="paper").resolve({"alternatives": 2}) == SlotSettings(correction="paper")
+    with pytest.raises(ConfigError, match="alternatives is 2"):
+        SlotParams(correction="paper", alternatives=2)
 
 
 def test_an_unknown_key_in_the_checkpoint_is_an_error() -> None:

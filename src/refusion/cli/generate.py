@@ -35,6 +35,7 @@ def command(
     token_threshold: options.TokenThreshold = None,
     acceptance: options.Acceptance = None,
     correction: options.Correction = None,
+    alternatives: options.Alternatives = None,
     steps: options.Steps = None,
     threshold: options.Threshold = None,
     block_cache: options.BlockCache = None,
@@ -57,7 +58,7 @@ def command(
     sampling = options.sampling_params(max_tokens, temperature, top_p, seed, stop)
     diffusion = options.diffusion_params(decoder, block_size, steps, threshold, block_cache, early_stop)
     slot_block = block_size if diffusion is None else None
-    slots = options.slot_params(slot_size, slot_block, serial_blocks, slot_threshold, token_threshold, acceptance, correction)
+    slots = options.slot_params(slot_size, slot_block, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives)
     options.refuse_slots(decoder, slots)
     engine = options.engine_settings(cache_tokens)
     options.refuse_together({"--compare": compare, "--watch": watch})

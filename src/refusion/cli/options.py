@@ -77,7 +77,7 @@ Decoder = Annotated[
     ),
 ]
 SlotSize = Annotated[
-    int | None, typer.Option(help="Tokens in a slot; this and the next six are the model's own for the device where left out.")
+    int | None, typer.Option(help="Tokens in a slot; this and the next seven are the model's own for the device where left out.")
 ]
 BlockSize = Annotated[
     int | None, typer.Option(help="Tokens in a serial block, a multiple of the slot size; in a block of a diffusion decoder.")
@@ -92,6 +92,9 @@ Acceptance = Annotated[
 Correction = Annotated[
     CorrectionName | None,
     typer.Option(help="Replace the first draft that fails by the next mask prediction (paper) or by the token that judged it."),
+]
+Alternatives = Annotated[
+    int | None, typer.Option(help="Runner-ups of each draft that are tried beside it, 0 to 3; they may replace it without another forward.")
 ]
 Steps = Annotated[int | None, typer.Option(help="Diffusion decoders: forwards of a block, 1 to the block size.")]
 Threshold = Annotated[float | None, typer.Option(help="Diffusion decoders, instead of --steps: commit what is more probable, 0 to 1.")]
@@ -126,6 +129,7 @@ def slot_params(
     token_threshold: float | None,
     acceptance: AcceptanceName | None,
     correction: CorrectionName | None,
+    alternatives: int | None,
 ) -> SlotParams:
     """Checked settings of the slot flags; a value out of range is a usage error."""
     from refusion.decoding.params import SlotParams
@@ -139,6 +143,7 @@ def slot_params(
             token_threshold=token_threshold,
             acceptance=acceptance.value if acceptance else None,
             correction=correction.value if correction else None,
+            alternatives=alternatives,
         )
 
 
@@ -272,7 +277,9 @@ def slots_text(slots: SlotSettings) -> str:
     """Slot settings in words."""
     cut = f"{slots.serial_blocks} serial blocks" if slots.serial_blocks else f"blocks of {slots.block_size or slots.slot_size}"
     thresholds = f"thresholds {slots.slot_threshold:g}/{slots.token_threshold:g}"
-    return f"slots of {slots.slot_size} in {cut}, {thresholds}, {slots.acceptance} acceptance, {slots.correction} correction"
+    rules = f"{slots.acceptance} acceptance, {slots.correction} correction"
+    tried = f", {slots.alternatives} alternative{'s' * (slots.alternatives > 1)}" if slots.alternatives else ""
+    return f"slots of {slots.slot_size} in {cut}, {thresholds}, {rules}{tried}"
 
 
 def output_dict(output: RequestOutput) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 
 import numpy as np
 
+from refusion.decoding.params import ALTERNATIVE_LENGTHS
 from refusion.decoding.rounds import IS_DONE, NUM_COMMON, NUM_FORWARDS, NUM_ROWS, OVERFLOW, SeatReport, SlotNews
 from refusion.decoding.state import DONE, INFILL, REMASK, VERIFY
 
@@ -61,7 +62,7 @@ def seat_report(line: np.ndarray, columns: ReportColumns) -> SeatReport:
     )
 
 
-def rows_needed(agenda: np.ndarray, slot_size: int, num_candidates: int) -> np.ndarray:
+def rows_needed(agenda: np.ndarray, slot_size: int, num_candidates: int, num_alternatives: int) -> np.ndarray:
     """[B] rows of a forward with this agenda [B, 3 + 2W]; `refusion.decoding.layout` lays out as many."""
     width = (agenda.shape[1] - AGENDA) // 2
     phase = agenda[:, 0]
@@ -69,8 +70,7 @@ def rows_needed(agenda: np.ndarray, slot_size: int, num_candidates: int) -> np.n
     is_chosen = verified >= 0
     num_chosen = is_chosen.sum(axis=1)
     left = np.where(is_chosen, slot_size - verified, 0)  # [B, W] masks up to the end of the slot
-    terms = np.minimum(num_candidates, left)
-    groups = (terms * left - terms * (terms + 1) // 2).sum(axis=1)  # left - 1, left - 2, ... for the candidates 1, 2, ...
+    groups = group_rows(left, num_candidates, num_alternatives).sum(axis=1)
     solo = np.maximum(num_chosen - 1, 0) * min(num_candidates, slot_size)
     plan = planned.sum(axis=1) * slot_size
     by_phase = {
@@ -83,3 +83,15 @@ def rows_needed(agenda: np.ndarray, slot_size: int, num_candidates: int) -> np.n
     for which, count in by_phase.items():
         rows = np.where(phase == which, count, rows)
     return rows
+
+
+def group_rows(left: np.ndarray, num_candidates: int, num_alternatives: int) -> np.ndarray:
+    """Rows of the groups of a slot with `left` tokens to go, those of alternatives included; element by element."""
+    candidates = np.minimum(num_candidates, left)
+    tried = np.minimum(min(ALTERNATIVE_LENGTHS, num_candidates), np.maximum(left - 2, 0))
+    return _falling(left, candidates) + num_alternatives * _falling(left, tried)
+
+
+def _falling(left: np.ndarray, terms: np.ndarray) -> np.ndarray:
+    """(left - 1) + (left - 2) + ..., so many terms: what lies behind the accepted lengths 1, 2, ..."""
+    return terms * left - terms * (terms + 1) // 2

@@ -324,8 +324,9 @@ class Runner:
             hidden, seat, positions = hidden.index_select(0, reads), seat.index_select(0, reads), positions.index_select(0, reads)
         num_rows = hidden.shape[0]
         given_ids = lane.rounds.given_ids[:num_rows]
+        num_runner_ups = 0 if lane.key.slots is None else lane.key.slots.alternatives
         if lane.key.is_greedy:
-            return self.network.readout(hidden, self.bias_banned, given_ids)
+            return self.network.readout(hidden, self.bias_banned, given_ids, num_runner_ups)
         seat = seat.clamp(min=0).long()
         return sampled_readout(
             self.network.logits(hidden),
@@ -336,6 +337,7 @@ class Runner:
             lane.rounds.seeds[:num_rows],
             positions,
             lane.rounds.attempts[:num_rows],
+            num_runner_ups,
         )
 
     def _store(self, new: KeyValues, source: Tensor, target: Tensor) -> None:
