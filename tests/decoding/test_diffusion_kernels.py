@@ -98,7 +98,8 @@ def random_readout(num_rows: int, rng: np.random.Generator) -> Readout:
     ids = np.where(rng.random(num_rows) < 0.05, rng.choice([0, 6], num_rows), rng.integers(2, 6, num_rows))
     sure = rng.choice(np.array([0.0, 0.3, 0.4, 0.5, 0.9, 1.0], dtype=np.float32), num_rows)
     nothing = torch.zeros(num_rows, device=DEVICE)
-    return Readout(torch.from_numpy(ids).to(DEVICE), torch.from_numpy(sure).to(DEVICE), nothing, nothing.bool(), nothing.long()[:, None][:, :0])
+    drawn, confidence = torch.from_numpy(ids).to(DEVICE), torch.from_numpy(sure).to(DEVICE)
+    return Readout(drawn, confidence, nothing, nothing.bool(), torch.zeros(num_rows, 0, dtype=torch.long, device=DEVICE))
 
 
 @pytest.mark.parametrize("name", PARAMS)
