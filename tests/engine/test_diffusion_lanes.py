@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Plain, check, is_idle, new_request, run
+import torch
+from engines import COSTS, Plain, check, is_idle, new_request, run
 
+from refusion.decoding.diffusion import decode
 from refusion.decoding.diffusion_params import BlockDiffusionParams, DiffusionParams, MaskedDiffusionParams
 from refusion.decoding.events import Event
+from refusion.decoding.forward import EagerForward
+from refusion.engine.build import build_engine, flat_network
+from refusion.engine.candidates import Candidates
 from refusion.engine.core import Engine
-from refusion.engine.requests import Answer
+from refusion.engine.requests import Answer, lane_key
+from refusion.engine.settings import EngineSettings
+from refusion.engine.shapes import row_bucket
+from refusion.engine.warm_up import Expected, wanted_shapes
 from refusion.errors import RequestError
+from refusion.model.transformer import Transformer
 
 PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], [16, 17], [18], [7, 8, 9, 20, 21, 22, 23, 24, 25], [7, 8, 9, 20, 21, 22, 23, 24, 30]]
 ENDS = tuple(range(40, 52))
@@ -182,3 +192,37 @@ def test_a_request_waits_until_a_forward_has_rows_for_it(new_engine: NewEngine, 
         most = max(most, *(len(seats) for seats in engine.scheduler.lanes.values()))
     assert most == 2  # 16 masks and a prompt each
     assert all(answer.token_ids == plain(asked(PROMPTS[answer.request], [], "plain"))[0] for answer in answers)
+
+
+@pytest.mark.parametrize("name", PARAMS)
+@pytest.mark.parametrize("num_requests", [1, 5, 100])
+def test_the_shapes_made_ready_hold_the_rows_of_every_forward(name: str, num_requests: int) -> None:
+    key = lane_key(asked([7], [], name, max_tokens=64), "masked_diffusion" if "locks" not in name else "block_diffusion")
+    load = Expected(num_requests=num_requests, prompt_tokens=300, answer_tokens=64, most_seats=128, prompt_rows=2048, decode_rows=4096)
+    found = list(wanted_shapes(key, Candidates(None, 4096), load))
+    assert len(found) == len(set(found)) <= 250
+    assert {shape.num_prompt_rows for shape in found} == {0}
+    for count in (1, num_requests):
+        (bucket,) = {shape.num_seats for shape in found if shape.num_seats >= count and shape.num_seats < 2 * count}
+        here = {shape.num_rows for shape in found if shape.num_seats == bucket}
+        whole = name in ("plain", "one block", "threshold")
+        fewest, most = (65, 364) if whole else (key.width, 300 + (key.width if "locks" in name else 64))
+        assert {row_bucket(min(count * fewest, 4096), bucket), row_bucket(min(count * most, 4096), bucket)} <= here
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", PARAMS)
+def test_on_a_gpu_graphs_and_kernels_write_what_the_plain_loops_write(name: str, golden_dir: Path) -> None:
+    on_cpu, on_gpu = (Transformer.from_pretrained(golden_dir / "tiny-refusion", device=device) for device in ("cpu", "cuda"))
+    mask_id, eos_ids = 2, (1, *range(40, 44))
+    settings = EngineSettings(max_num_seqs=4, page_size=16, cache_tokens=4096)
+    engine = build_engine(flat_network(on_gpu), settings, banned_ids=torch.tensor([mask_id], device="cuda"), costs=lambda: COSTS)
+    forward = EagerForward(on_cpu, torch.tensor([mask_id]))
+    prompts = [[*prompt, 10 + turn] for turn in range(3) for prompt in PROMPTS]  # later ones replay what earlier ones captured
+    answers = answer_all(engine, prompts, name, eos_ids=eos_ids, max_tokens=22)
+    assert engine.runner.num_first_runs > 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        request = asked(prompt, [], name, max_tokens=22)
+        trace = decode(forward, prompt, PARAMS[name], request.sampling, mask_id=mask_id, eos_ids=eos_ids)
+        assert (answer.token_ids, answer.num_forwards) == (trace.token_ids, trace.num_forwards)
