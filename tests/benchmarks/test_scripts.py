@@ -125,6 +125,10 @@ def test_in_float32_the_batch_changes_no_text(run: Run, tmp_path: Path, chat_dat
     for found in read_result(output)["runs"]:
         assert found["figures"]["num_answers"] == 4
         assert found["figures"]["same_answers"] == found["figures"]["same_prefix_share"] == 1.0
+        assert found["figures"]["tokens_per_second_together"] > 0
+    code, _, err = run("batches", "--model", tiny_model_dir, *options, "--output", output, "--batch-invariant")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "batch_invariant needs a GPU" in err
 
 
 def test_diffusion_forwards_times_every_decoder_and_checks_it_against_the_plain_loops(

@@ -90,6 +90,7 @@ def test_flags_build_the_settings_of_the_python_interface(run_cli: RunCli, tiny_
         acceptance="paper",
         correction="autoregressive",
         alternatives=2,
+        infill_length=2,
     )
     expected = LLM.from_pretrained(tiny_model_dir, dtype="float32").generate([CHAT], sampling, slots)[0]
     flags = (
@@ -107,6 +108,8 @@ def test_flags_build_the_settings_of_the_python_interface(run_cli: RunCli, tiny_
         "--correction",
         "autoregressive",
         "--alternatives",
+        "2",
+        "--infill-length",
         "2",
         "--json",
         "hello",

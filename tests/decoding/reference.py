@@ -35,6 +35,7 @@ class Reference:
     top_p: float = 1.0
     seed: int = 0
     corrects: bool = False  # the row that rejects a draft also names the token that replaces it
+    infill_length: int | None = None  # tokens drafted behind a cut
     alternatives: int = 0  # runner-ups of a draft that may stand in its place at once
 
     def run(self) -> Reference:
@@ -181,8 +182,12 @@ class Reference:
         for place in range(len(stands), self.slot_size):
             row = Row.of(self.mask_id, len(self.prompt) + slot * self.slot_size + place, seen)
             seen.append(row)
-            drafts.append(self._read(row)[0])
-            self.runner_ups[slot][place] = self._runner_ups(row)
+            if place < len(stands) + (self.infill_length or self.slot_size):
+                drafts.append(self._read(row)[0])
+                self.runner_ups[slot][place] = self._runner_ups(row)
+            else:
+                drafts.append(self.mask_id)
+                self.runner_ups[slot][place] = []
         return drafts
 
     def _forward(self, slot: int, tokens: list[int], seen: list[Row]) -> list[Row]:

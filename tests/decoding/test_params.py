@@ -19,6 +19,7 @@ from refusion.errors import ConfigError
         ("acceptance", "maybe"),
         ("correction", "none"),
         ("alternatives", 4),
+        ("infill_length", 0),
         ("alternatives", -1),
         ("max_candidates", -1),
         ("serial_blocks", 0),
@@ -104,6 +105,7 @@ def test_candidates_end_where_a_slot_has_no_further_length() -> None:
 def test_long_slots_prepare_only_what_free_rows_hold() -> None:
     # 31 + 30 + 29 + 28 + 27 + 26 = 171 rows; the seventh length would need 25 more than the 192 that are free.
     assert [SlotSettings(slot_size=size).candidates() for size in (8, 16, 32, 256)] == [7, 15, 6, 0]
+    assert SlotSettings(slot_size=32, infill_length=6).candidates() == 31  # 26 groups of 6 and 15 rows more
 
 
 @pytest.mark.parametrize(("field", "value"), [("seed", 2**63), ("temperature", 1e-38), ("stop", "abc")])

@@ -55,6 +55,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "slot_size": slot_size,
         "block_size": width * slot_size,
+        "infill_length": draw(st.sampled_from([None, None, 1, 2, 4])),
         "alternatives": 0 if correction == "paper" else draw(st.sampled_from([0, 1, 3])),
         "slot_threshold": draw(st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])),
         "token_threshold": draw(st.sampled_from([0.0, 0.2, 0.4, 0.8, 1.0])),
@@ -72,7 +73,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 def _split(case: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any], Any]:
     sampling = SamplingParams(**{name: case[name] for name in ("max_tokens", "temperature", "top_p", "seed")})
-    names = ("slot_size", "block_size", "slot_threshold", "token_threshold", "acceptance", "correction", "alternatives")
+    names = ("slot_size", "block_size", "slot_threshold", "token_threshold", "acceptance", "correction", "alternatives", "infill_length")
     slots = {name: case[name] for name in names}
     return sampling, slots, hashed_language(VOCAB, peak=case["peak"], eos_id=EOS, eos_bonus=case["eos_bonus"])
 
@@ -89,6 +90,7 @@ def _reference(case: dict[str, Any]) -> Reference:
         accept_argmax=slots["acceptance"] == "argmax",
         corrects=slots["correction"] == "autoregressive",
         alternatives=slots["alternatives"],
+        infill_length=slots["infill_length"],
         max_tokens=sampling.max_tokens,
         mask_id=MASK,
         eos_ids=[EOS],

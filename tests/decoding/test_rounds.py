@@ -75,6 +75,7 @@ def slot_settings(draw: st.DrawFn) -> SlotSettings:
         token_threshold=draw(st.sampled_from([0.0, 0.2, 0.4, 0.8])),
         acceptance=draw(st.sampled_from(["paper", "argmax"])),
         correction=correction,
+        infill_length=draw(st.sampled_from([None, None, 1, 2, 4])),
         alternatives=0 if correction == "paper" else draw(st.sampled_from([0, 1, 3])),
         max_candidates=draw(st.sampled_from([None, 0, 1, 2])),
         fuse_plan=draw(st.booleans()),

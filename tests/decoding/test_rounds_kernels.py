@@ -156,6 +156,7 @@ def test_refusion_kernels_do_what_the_plain_rounds_do(width: int, slot_size: int
         acceptance=acceptance,  # type: ignore[arg-type]
         correction=correction,  # type: ignore[arg-type]
         alternatives=alternatives,
+        infill_length={(1, 8, 2): 3, (3, 8, 2): 4, (2, 4, 0): 2, (1, 8, 0): 5}.get((width, slot_size, alternatives)),
         fuse_plan=fuse_plan,
     )
     num_slots, num_seats = 3 * width, 3
@@ -169,7 +170,8 @@ def test_refusion_kernels_do_what_the_plain_rounds_do(width: int, slot_size: int
         for use_kernels in (False, True)
     )
     agreement, eos = ((0.8, 0.02), (0.6, 0.02), (0.4, 0.04))[seed % 3]
-    phases = run_both(plain, kernels, num_slots * slot_size, seed, agreement=agreement, eos=eos, max_candidates=slot_size)
+    most = slot_size // 2 if alternatives else slot_size
+    phases = run_both(plain, kernels, num_slots * slot_size, seed, agreement=agreement, eos=eos, max_candidates=most)
     assert VERIFY in phases
     assert slot_size < 8 or phases >= {PLAN, VERIFY, REMASK, INFILL}, "the draws are such that every kind of forward comes up"
 

@@ -216,7 +216,7 @@ def test_padded_answers_end_in_as_many_eos_as_fill_a_region(name: str) -> None:
 
 
 def test_padding_is_for_objectives_that_fill_regions() -> None:
-    with pytest.raises(ConfigError, match="objective.pad_answers = 8 must be left out: it has no effect on the autoregressive objective"):
+    with pytest.raises(ConfigError, match=r"objective\.pad_answers = 8 must be left out: it has no effect on the autoregressive objective"):
         ObjectiveSettings(name="autoregressive", pad_answers=8)
 
 

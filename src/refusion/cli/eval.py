@@ -46,6 +46,7 @@ def command(
     acceptance: options.Acceptance = None,
     correction: options.Correction = None,
     alternatives: options.Alternatives = None,
+    infill_length: options.InfillLength = None,
     steps: options.Steps = None,
     threshold: options.Threshold = None,
     block_cache: options.BlockCache = None,
@@ -73,7 +74,9 @@ def command(
     """
     diffusion = options.diffusion_params(decoder, block_size, steps, threshold, block_cache, early_stop)
     slot_block = block_size if diffusion is None else None
-    slots = options.slot_params(slot_size, slot_block, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives)
+    slots = options.slot_params(
+        slot_size, slot_block, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives, infill_length
+    )
     options.refuse_slots(decoder, slots)
     with options.usage_errors():
         from refusion.evaluation.suite import SuiteSettings, run_suite, samples_directory

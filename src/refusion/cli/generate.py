@@ -36,6 +36,7 @@ def command(
     acceptance: options.Acceptance = None,
     correction: options.Correction = None,
     alternatives: options.Alternatives = None,
+    infill_length: options.InfillLength = None,
     steps: options.Steps = None,
     threshold: options.Threshold = None,
     block_cache: options.BlockCache = None,
@@ -58,7 +59,9 @@ def command(
     sampling = options.sampling_params(max_tokens, temperature, top_p, seed, stop)
     diffusion = options.diffusion_params(decoder, block_size, steps, threshold, block_cache, early_stop)
     slot_block = block_size if diffusion is None else None
-    slots = options.slot_params(slot_size, slot_block, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives)
+    slots = options.slot_params(
+        slot_size, slot_block, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives, infill_length
+    )
     options.refuse_slots(decoder, slots)
     engine = options.engine_settings(cache_tokens)
     options.refuse_together({"--compare": compare, "--watch": watch})

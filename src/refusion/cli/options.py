@@ -77,7 +77,7 @@ Decoder = Annotated[
     ),
 ]
 SlotSize = Annotated[
-    int | None, typer.Option(help="Tokens in a slot; this and the next seven are the model's own for the device where left out.")
+    int | None, typer.Option(help="Tokens in a slot; this and the next eight are the model's own for the device where left out.")
 ]
 BlockSize = Annotated[
     int | None, typer.Option(help="Tokens in a serial block, a multiple of the slot size; in a block of a diffusion decoder.")
@@ -96,6 +96,7 @@ Correction = Annotated[
 Alternatives = Annotated[
     int | None, typer.Option(help="Runner-ups of each draft that are tried beside it, 0 to 3; they may replace it without another forward.")
 ]
+InfillLength = Annotated[int | None, typer.Option(help="Tokens drafted at most behind a draft that failed.")]
 Steps = Annotated[int | None, typer.Option(help="Diffusion decoders: forwards of a block, 1 to the block size.")]
 Threshold = Annotated[float | None, typer.Option(help="Diffusion decoders, instead of --steps: commit what is more probable, 0 to 1.")]
 BlockCache = Annotated[BlockCacheName | None, typer.Option(help="Masked diffusion: reuse keys and values within a block, approximately.")]
@@ -130,6 +131,7 @@ def slot_params(
     acceptance: AcceptanceName | None,
     correction: CorrectionName | None,
     alternatives: int | None,
+    infill_length: int | None,
 ) -> SlotParams:
     """Checked settings of the slot flags; a value out of range is a usage error."""
     from refusion.decoding.params import SlotParams
@@ -144,6 +146,7 @@ def slot_params(
             acceptance=acceptance.value if acceptance else None,
             correction=correction.value if correction else None,
             alternatives=alternatives,
+            infill_length=infill_length,
         )
 
 
@@ -279,7 +282,8 @@ def slots_text(slots: SlotSettings) -> str:
     thresholds = f"thresholds {slots.slot_threshold:g}/{slots.token_threshold:g}"
     rules = f"{slots.acceptance} acceptance, {slots.correction} correction"
     tried = f", {slots.alternatives} alternative{'s' * (slots.alternatives > 1)}" if slots.alternatives else ""
-    return f"slots of {slots.slot_size} in {cut}, {thresholds}, {rules}{tried}"
+    drafted = f", {slots.infill_length} tokens behind a failed draft" if slots.infill_length else ""
+    return f"slots of {slots.slot_size} in {cut}, {thresholds}, {rules}{tried}{drafted}"
 
 
 def output_dict(output: RequestOutput) -> dict[str, Any]:

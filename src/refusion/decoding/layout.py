@@ -7,7 +7,8 @@ cells of all grids side by side.
   while infilling every slot stands alone.
 - plan [W, K]: masks of the slots still open (or of the next block) that see all drafts: the next plan, should everything be accepted.
 - solo [W, K]: copies of the chosen slots but the first that do not see their siblings, for the infill groups of a verify forward.
-- groups [W, C + 1, K]: for each accepted length, masks from there to the end of the slot, seeing exactly that prefix: the next drafts.
+- groups [W, C + 1, K]: for each accepted length, masks from there to the end of the slot (or `infill_length` of them), seeing exactly
+  that prefix: the next drafts.
 - alternatives [W, A, R, K]: for each of the first accepted lengths and each runner-up of the draft that would fail there, that token and
   masks behind it: the next drafts, should the runner-up be the correction.
 """
@@ -65,7 +66,7 @@ def build_grids(
     drafts = state.token_ids.gather(1, window[:, :, None].expand(-1, -1, slots.slot_size))
     verified = torch.where(is_chosen, state.lengths.gather(1, window), 0)
     plan_slots, is_planned = planned_slots(state, window, slots.fuse_plan)
-    cells = _Cells(state, slots.slot_size, num_candidates, mask_id, window, is_chosen, drafts, verified)
+    cells = _Cells(state, slots, num_candidates, mask_id, window, is_chosen, drafts, verified)
     num_tried = min(ALTERNATIVE_LENGTHS, num_candidates) if slots.alternatives else 0
     grids = {"drafts": cells.drafts(), "plan": cells.plan(plan_slots, is_planned)}
     shapes: dict[str, tuple[int, ...]] = {"drafts": (width, slots.slot_size), "plan": (width, slots.slot_size)}
@@ -103,7 +104,7 @@ class _Cells:
     def __init__(
         self,
         state: DecodeState,
-        slot_size: int,
+        slots: SlotSettings,
         num_candidates: int,
         mask_id: int,
         window: Tensor,
@@ -112,15 +113,16 @@ class _Cells:
         verified: Tensor,
     ) -> None:
         self.mask_id, self.is_chosen, self.token_ids, self.verified = mask_id, is_chosen, drafts, verified
-        self.width, self.slot_size, self.num_candidates = window.shape[1], slot_size, num_candidates
+        self.width, self.slot_size, self.num_candidates = window.shape[1], slots.slot_size, num_candidates
+        self.most_masks = slots.most_masks
         self.device = drafts.device
         self.phase = state.phase[:, None, None]  # [B, 1, 1]
         self.prompt_lengths = state.prompt_lengths[:, None, None]
-        self.place = torch.arange(slot_size, device=drafts.device)  # [K]
+        self.place = torch.arange(slots.slot_size, device=drafts.device)  # [K]
         self.slot = torch.arange(self.width, device=drafts.device)[:, None]  # [W, 1]
         self.positions = self._positions(window)
         self.is_first = is_chosen & (is_chosen.cumsum(dim=1) == 1)  # [B, W] the first chosen slot: its chain sees no sibling
-        self.is_unfinished = is_chosen & (verified < slot_size)
+        self.is_unfinished = is_chosen & (verified < slots.slot_size)
 
     def _positions(self, slots: Tensor) -> Tensor:
         """[B, W, K] positions of slots [B, W]."""
@@ -176,7 +178,7 @@ class _Cells:
         length = self.verified[:, :, None] + candidate  # [B, W, C + 1]
         phase = self.phase[..., None]
         is_wanted = torch.where(candidate[:, None] == 0, phase == REMASK, (phase == VERIFY) | (phase == INFILL))
-        is_needed = self.is_unfinished[:, :, None, None] & is_wanted & (self.place >= length[..., None])
+        is_needed = self.is_unfinished[:, :, None, None] & is_wanted & self._in_group(length[..., None], self.most_masks)
         base = 2 * self.width + 1
         segment = base + (self.slot * (self.num_candidates + 1) + candidate)[:, :, None]  # [W, C + 1, 1]
         return self._grid(
@@ -196,7 +198,7 @@ class _Cells:
         shape = (*self.token_ids.shape[:2], num_tried, num_alternatives, self.slot_size)  # [B, W, A, R, K]
         length = self.verified[:, :, None] + torch.arange(1, num_tried + 1, device=self.device)  # [B, W, A]
         at = length.clamp(max=self.slot_size - 1)[..., None].expand(-1, -1, -1, num_alternatives)
-        tried = runner_ups.gather(2, at)[..., None]  # [B, W, A, R, 1]
+        tried = runner_ups.gather(2, at)[..., None].clamp(min=0)  # [B, W, A, R, 1]; -1 where nothing was drafted
         length = length[..., None, None]
         is_judging = (self.phase == VERIFY) | (self.phase == INFILL)
         is_wanted = (self.is_unfinished[:, :, None, None, None] & is_judging[..., None, None]) & (length < self.slot_size - 1)
@@ -209,8 +211,12 @@ class _Cells:
             parent=self._prefix()[:, :, None, None, None],
             visible=length,
             is_read=torch.ones(shape, dtype=torch.bool, device=self.device),
-            is_needed=is_wanted & (self.place >= length),
+            is_needed=is_wanted & self._in_group(length, 1 + self.most_masks),
         )
+
+    def _in_group(self, length: Tensor, most: int) -> Tensor:
+        """The places [..., K] of a group of at most so many rows behind an accepted length [..., 1]."""
+        return (self.place >= length) & (self.place < length + most)
 
     def _prefix(self) -> Tensor:
         """[B, W] the segment that holds the drafts of a slot as its groups see them."""

@@ -77,7 +77,7 @@ class ReFusionDecoder:
         batch, placement = pack_padded(grids, draw, self.slots.alternatives)
         readout = self.forward(batch, self.cache)
         self._commit_prompts(placement)
-        settled = settle_forward(self.state, self.slots, num_candidates, self.eos_ids, placement, readout)
+        settled = settle_forward(self.state, self.slots, num_candidates, self.mask_id, self.eos_ids, placement, readout)
         self._commit(placement, settled.report.is_committed)
         self.state = settled.state
         return settled.report

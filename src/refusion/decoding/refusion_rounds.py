@@ -115,7 +115,7 @@ class RefusionRounds:
     def num_rows(self, report: np.ndarray, candidates: int) -> np.ndarray:
         first = self.columns.agenda
         agendas = report[:, first : first + AGENDA + 2 * self.width]
-        return rows_needed(agendas, self.slot_size, self._candidates(candidates), self.slots.alternatives)
+        return rows_needed(agendas, self.slots, self._candidates(candidates))
 
     def read(self, report_row: np.ndarray) -> SeatReport:
         return seat_report(report_row, self.columns)
@@ -157,7 +157,7 @@ class RefusionRounds:
             settle(self, readout, spans, **where)
             return
         state = self.state(num_seats)
-        settled = settle_forward(state, self.slots, self._candidates(candidates), self.eos_ids, self._placement, readout)
+        settled = settle_forward(state, self.slots, self._candidates(candidates), self.mask_id, self.eos_ids, self._placement, readout)
         self._keep(settled.report.is_committed.flatten(1), spans, num_seats)
         step = replace(settled.report, phase=state.phase.clone())  # the state is about to change in place
         is_running = step.phase != DONE

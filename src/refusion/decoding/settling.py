@@ -57,19 +57,26 @@ class _Drafts:
 
 
 def settle_forward(
-    state: DecodeState, slots: SlotSettings, num_candidates: int, eos_ids: Tensor, placement: Placement, readout: Readout
+    state: DecodeState, slots: SlotSettings, num_candidates: int, mask_id: int, eos_ids: Tensor, placement: Placement, readout: Readout
 ) -> Settled:
     """Judge one forward of every request. eos_ids [E] end an answer."""
-    return _Settling(state, slots, num_candidates, eos_ids, placement, readout).run()
+    return _Settling(state, slots, num_candidates, mask_id, eos_ids, placement, readout).run()
 
 
 class _Settling:
     """Turns the readout of one forward into the next state. Every request is judged by every rule; its phase picks which one counts."""
 
     def __init__(
-        self, state: DecodeState, slots: SlotSettings, num_candidates: int, eos_ids: Tensor, placement: Placement, readout: Readout
+        self,
+        state: DecodeState,
+        slots: SlotSettings,
+        num_candidates: int,
+        mask_id: int,
+        eos_ids: Tensor,
+        placement: Placement,
+        readout: Readout,
     ) -> None:
-        self.state, self.slots, self.num_candidates = state, slots, num_candidates
+        self.state, self.slots, self.num_candidates, self.mask_id = state, slots, num_candidates, mask_id
         self.placement, self.readout = placement, readout
         self.phase = self.state.phase[:, None]  # [B, 1]
         self.is_chosen = self.state.status.gather(1, placement.window) == CHOSEN
@@ -131,20 +138,24 @@ class _Settling:
         goes_on = keeps_infilling[:, None] & is_unfinished
         takes = (goes_on & is_covered[:, None]) | (is_remask & self.is_chosen)
         group = step.clamp(0, self.num_candidates)  # a remask forward has group 0 alone
-        drafts = _Drafts(
-            token_ids=torch.where(self._is_behind(lengths - 1, takes), self._of_group(self.readout.token_ids, group), self.drafts),
-            runner_ups=self.runner_ups,
-            lengths=lengths,
-            is_covered=is_covered,
-        )
-        if self.num_alternatives:
-            proposed = torch.stack([self._of_group(each, group) for each in self.readout.runner_ups.unbind(-1)], dim=-1)
-            drafts.runner_ups = torch.where(self._is_behind(lengths - 1, takes)[..., None], proposed, self.runner_ups)
+        drafts = _Drafts(self.drafts, self.runner_ups, lengths, is_covered)
+        runner_ups = [self._of_group(each, group) for each in self.readout.runner_ups.unbind(-1)]
+        self._redraft(drafts, takes, lengths, self._of_group(self.readout.token_ids, group), runner_ups)
         if self.slots.correction == "autoregressive":
             self._correct(drafts, goes_on)
         if self.num_alternatives:
             self._try_alternatives(drafts, goes_on, step)
         return drafts
+
+    def _redraft(self, drafts: "_Drafts", which: Tensor, first: Tensor, proposed: Tensor, runner_ups: list[Tensor]) -> None:
+        """New drafts from place `first` [B, W] on for the slots `which` [B, W]: as many as a group has masks, and masks behind them."""
+        is_new = which[:, :, None] & (self.place >= first[:, :, None])
+        is_drafted = self.place < first[:, :, None] + self.slots.most_masks
+        # A mask in the place of a draft never passes: it is banned, so its probability is 0.
+        drafts.token_ids = torch.where(is_new, torch.where(is_drafted, proposed, self.mask_id), drafts.token_ids)
+        if runner_ups:
+            found = torch.where(is_drafted[..., None], torch.stack(runner_ups, dim=-1), -1)
+            drafts.runner_ups = torch.where(is_new[..., None], found, drafts.runner_ups)
 
     def _of_group(self, values: Tensor, group: Tensor) -> Tensor:
         """[B, W, K] what the masks of one group [B, W] of every slot say."""
@@ -176,14 +187,14 @@ class _Settling:
         is_kept = is_hit[:, :, None] & (self.place == drafts.lengths[:, :, None])
         drafts.runner_ups = torch.where(is_kept[..., None], self.runner_ups, drafts.runner_ups)  # says later that it stands through one
         if "alternatives" in self.placement.rows:
-            is_new = self._is_behind(drafts.lengths, is_hit & drafts.is_covered[:, None])
-            is_next = is_new & (self.place == drafts.lengths[:, :, None] + 1)
+            takes = is_hit & drafts.is_covered[:, None]
+            is_next = self.place == drafts.lengths[:, :, None] + 1
             behind = self._behind_alternative(self.readout.token_ids, matches, step)
+            runner_ups = [self._behind_alternative(each, matches, step) for each in self.readout.runner_ups.unbind(-1)]
             # The runner-up's own row names the token behind it, the masks from there on name themselves.
-            drafts.token_ids = torch.where(is_new, torch.where(is_next, behind.roll(1, dims=2), behind), drafts.token_ids)
-            proposed = torch.stack([self._behind_alternative(each, matches, step) for each in self.readout.runner_ups.unbind(-1)], dim=-1)
-            proposed = torch.where(is_next[..., None], -1, proposed)
-            drafts.runner_ups = torch.where(is_new[..., None], proposed, drafts.runner_ups)
+            behind = torch.where(is_next, behind.roll(1, dims=2), behind)
+            runner_ups = [torch.where(is_next, -1, each) for each in runner_ups]
+            self._redraft(drafts, takes, drafts.lengths + 1, behind, runner_ups)
         drafts.lengths = drafts.lengths + is_hit
 
     def _behind_alternative(self, values: Tensor, matches: Tensor, step: Tensor) -> Tensor:
@@ -193,10 +204,6 @@ class _Settling:
         tried = tried.gather(2, index.expand(-1, -1, 1, *tried.shape[3:]))[:, :, 0]  # [B, W, R, K]
         which = matches.long().argmax(dim=2)[:, :, None, None]
         return tried.gather(2, which.expand(-1, -1, 1, tried.shape[3]))[:, :, 0]
-
-    def _is_behind(self, last: Tensor, which: Tensor) -> Tensor:
-        """[B, W, K] the places behind place `last` [B, W] of the slots `which` [B, W]."""
-        return which[:, :, None] & (self.place > last[:, :, None])
 
     def _next_lengths(self, verified: Tensor, is_committed: Tensor, keeps_infilling: Tensor) -> Tensor:
         """[B, S]: committed lengths, verified lengths of slots in infill, 0 for the rest of the window."""

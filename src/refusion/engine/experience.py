@@ -35,7 +35,7 @@ class Experience:
 
     def __init__(self, slots: SlotSettings, width: int, tokens_per_forward: float | None = None) -> None:
         """tokens_per_forward: what the checkpoint is known to reach."""
-        self.slot_size, self.width, self.num_alternatives = slots.slot_size, width, slots.alternatives
+        self.slots, self.slot_size, self.width = slots, slots.slot_size, width
         most = slots.candidates()
         steps = () if slots.max_candidates is not None else tuple(step for step in LADDER if step < most)
         self.ladder = (most, *steps) if most == 0 else (most, *steps, 0)
@@ -103,7 +103,7 @@ class Experience:
             visits[length + 1 : length + 1 + len(onward)] += visits[length] * onward
         visits = visits[:size] / visits[:size].sum()
         left = size - np.arange(size)
-        groups = np.stack([group_rows(left, candidates, self.num_alternatives) for candidates in self.ladder])  # [C, K]
+        groups = np.stack([group_rows(left, self.slots, candidates) for candidates in self.ladder])  # [C, K]
         return (groups * visits).sum(axis=1) + size + self.width * size
 
 

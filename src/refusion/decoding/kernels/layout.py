@@ -79,6 +79,7 @@ def lay_out(
         C=num_candidates,
         R=rounds.slots.alternatives,
         A=min(ALTERNATIVE_LENGTHS, num_candidates),
+        MOST_MASKS=rounds.slots.most_masks,
         B_PADDED=triton.next_power_of_2(num_seats),
         K_PADDED=triton.next_power_of_2(rounds.slot_size),
         TILE=0 if tiles is None else tiles.block,
@@ -123,6 +124,7 @@ def _lay_out(
     C: tl.constexpr,
     R: tl.constexpr,
     A: tl.constexpr,
+    MOST_MASKS: tl.constexpr,
     B_PADDED: tl.constexpr,
     K_PADDED: tl.constexpr,
     TILE: tl.constexpr,
@@ -131,7 +133,7 @@ def _lay_out(
     wait(PDL)
     seat = tl.program_id(0)
     seats = tl.arange(0, B_PADDED)
-    needed = rows_needed(table + AGENDA, line_stride, seats, seats < num_seats, W, K, C, R, A)  # [B]
+    needed = rows_needed(table + AGENDA, line_stride, seats, seats < num_seats, W, K, C, R, A, MOST_MASKS)  # [B]
     last = tl.cumsum(needed, 0)
     begins = tl.minimum(last - needed, num_rows)
     ends = tl.minimum(last, num_rows)
@@ -244,7 +246,8 @@ def _lay_out(
                 while candidate <= last_candidate:
                     length = stands + candidate
                     at = row + place - length
-                    is_row = (place >= length) & (place < K) & (at < num_rows)
+                    end = tl.minimum(length + MOST_MASKS, K)
+                    is_row = (place >= length) & (place < end) & (at < num_rows)
                     tl.store(token_ids + at, mask_id, mask=is_row)
                     tl.store(given_ids + at, 0, mask=is_row)
                     tl.store(positions + at, window_position + slot * K + place, mask=is_row)
@@ -253,7 +256,7 @@ def _lay_out(
                     tl.store(parent + at, seen, mask=is_row)
                     tl.store(visible + at, length, mask=is_row)
                     tl.store(is_trunk + at, 0, mask=is_row)
-                    row += K - length
+                    row += end - length
                     candidate += 1
                 nth += 1
 
@@ -268,10 +271,11 @@ def _lay_out(
                 tried = 1
                 while tried <= num_tried(K - stands, A):
                     length = stands + tried
+                    end = tl.minimum(length + 1 + MOST_MASKS, K)
                     for which in tl.static_range(R):
                         at = row + place - length
-                        is_row = (place >= length) & (place < K) & (at < num_rows)
-                        runner_up = tl.load(runner_ups + (slot * K + length) * R + which)
+                        is_row = (place >= length) & (place < end) & (at < num_rows)
+                        runner_up = tl.maximum(tl.load(runner_ups + (slot * K + length) * R + which), 0)  # -1: nothing was drafted
                         number = (slot * A + tried - 1) * R + which
                         tl.store(token_ids + at, tl.where(place == length, runner_up, mask_id), mask=is_row)
                         tl.store(given_ids + at, 0, mask=is_row)
@@ -281,6 +285,6 @@ def _lay_out(
                         tl.store(parent + at, seen, mask=is_row)
                         tl.store(visible + at, length, mask=is_row)
                         tl.store(is_trunk + at, 0, mask=is_row)
-                        row += K - length
+                        row += end - length
                     tried += 1
                 nth += 1

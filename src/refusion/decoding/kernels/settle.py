@@ -74,6 +74,7 @@ def settle(rounds: RefusionRounds, readout: Readout, spans: Spans, *, start: int
         start,
         float(slots.slot_threshold),
         float(slots.token_threshold),
+        rounds.mask_id,
         NUM_EOS=len(rounds.eos_ids),
         PHASE=first["phase"],
         NUM_DRAFTS=first["num_drafts"],
@@ -93,6 +94,7 @@ def settle(rounds: RefusionRounds, readout: Readout, spans: Spans, *, start: int
         R=slots.alternatives,
         A=min(ALTERNATIVE_LENGTHS, num_candidates),
         MOST_TRIED=ALTERNATIVE_LENGTHS,
+        MOST_MASKS=slots.most_masks,
         ACCEPTS_ARGMAX=slots.acceptance == "argmax",
         CORRECTS=slots.correction == "autoregressive",
         FUSES_PLAN=slots.fuse_plan,
@@ -101,7 +103,7 @@ def settle(rounds: RefusionRounds, readout: Readout, spans: Spans, *, start: int
     )
 
 
-@triton.jit(do_not_specialize=["num_rows", "start"])
+@triton.jit(do_not_specialize=["num_rows", "start", "mask_id"])
 def _settle(
     table,
     line_stride,
@@ -126,6 +128,7 @@ def _settle(
     start,
     slot_threshold,
     token_threshold,
+    mask_id,
     NUM_EOS: tl.constexpr,
     PHASE: tl.constexpr,
     NUM_DRAFTS: tl.constexpr,
@@ -145,6 +148,7 @@ def _settle(
     R: tl.constexpr,
     A: tl.constexpr,
     MOST_TRIED: tl.constexpr,
+    MOST_MASKS: tl.constexpr,
     ACCEPTS_ARGMAX: tl.constexpr,
     CORRECTS: tl.constexpr,
     FUSES_PLAN: tl.constexpr,
@@ -185,7 +189,7 @@ def _settle(
     num_chosen, num_planned = tl.sum(chosen, 0), tl.sum(planned, 0)
     left = tl.where(is_chosen, K - verified, 0)
     num_draft_rows = tl.where(phase == REMASK, verified, K) * chosen
-    num_group_rows = tl.where(phase == REMASK, left, group_rows(left, tl.minimum(C, left)))
+    num_group_rows = tl.where(phase == REMASK, tl.minimum(left, MOST_MASKS), group_rows(left, tl.minimum(C, left), MOST_MASKS))
     num_solo_rows = tl.where(phase == VERIFY, tl.maximum(num_chosen - 1, 0) * C, 0)
     draft_row = begin + tl.cumsum(num_draft_rows, 0) - num_draft_rows  # [W] first row of the slot
     plan_begin = begin + tl.sum(num_draft_rows, 0)
@@ -193,7 +197,7 @@ def _settle(
     group_begin = plan_begin + num_planned * K + num_solo_rows
     group_row = group_begin + tl.cumsum(num_group_rows, 0) - num_group_rows
     tried_begin = group_begin + tl.sum(num_group_rows, 0)
-    num_tried_rows = tl.where(is_judging, R * group_rows(left, num_tried(left, A)), 0)
+    num_tried_rows = tl.where(is_judging, R * group_rows(left, num_tried(left, A), MOST_MASKS + 1), 0)
     tried_row = tried_begin + tl.cumsum(num_tried_rows, 0) - num_tried_rows
     num_needed = tried_begin + tl.sum(num_tried_rows, 0) - begin
 
@@ -229,9 +233,11 @@ def _settle(
     is_covered = tl.sum((is_unfinished & (step > C)).to(tl.int32), 0) == 0
     takes = (goes_on & is_covered & is_unfinished) | ((phase == REMASK) & is_chosen)
     is_new = takes[:, None] & is_cell & (place >= stands[:, None])
-    group = group_row + tl.where(step > 0, group_rows(left, step - 1), 0)
-    proposed = tl.load(drawn_ids + tl.minimum(group[:, None] + place - stands[:, None], num_rows - 1), mask=is_new, other=0)
-    next_drafts = tl.where(is_new, proposed.to(tl.int32), drafts)
+    group = group_row + tl.where(step > 0, group_rows(left, step - 1, MOST_MASKS), 0)
+    is_drafted = is_new & (place < stands[:, None] + MOST_MASKS)
+    group_cell = tl.minimum(group[:, None] + place - stands[:, None], num_rows - 1)
+    proposed = tl.load(drawn_ids + group_cell, mask=is_drafted, other=0).to(tl.int32)
+    next_drafts = tl.where(is_new, tl.where(is_drafted, proposed, mask_id), drafts)
     next_stands = stands
     goes = goes_on & is_unfinished
     is_rejected = is_cell & (place == stands[:, None])
@@ -247,11 +253,9 @@ def _settle(
         runner_ups = line + RUNNER_UPS
         own = runner_ups + (window * K + cell)[:, :, None] * R + which  # [W, K, R]
         was_runner_up = tl.load(own, mask=is_cell_of_each, other=-1).to(tl.int32)
-        group_cell = tl.minimum(group[:, None] + place - stands[:, None], num_rows - 1)[:, :, None] * R + which
-        is_new_each = is_new[:, :, None] & (which < R)
-        next_runner_up = tl.where(
-            is_new_each, tl.load(drawn_runner_ups + group_cell, mask=is_new_each, other=0).to(tl.int32), was_runner_up
-        )
+        is_drafted_each = is_drafted[:, :, None] & (which < R)
+        proposed_each = tl.load(drawn_runner_ups + group_cell[:, :, None] * R + which, mask=is_drafted_each, other=-1).to(tl.int32)
+        next_runner_up = tl.where(is_new[:, :, None], proposed_each, was_runner_up)
         starts = is_rejected & (goes | ((phase == REMASK) & is_chosen))[:, None]
         next_runner_up = tl.where(starts[:, :, None], -1, next_runner_up)
 
@@ -267,12 +271,15 @@ def _settle(
         if A > 0:
             behind = is_cell & (is_hit & is_covered)[:, None] & (place > stands[:, None])
             is_next = place == stands[:, None] + 1  # named by the runner-up's own row, the later ones by their masks
-            first = tried_row + R * group_rows(left, step - 1) + (hit - 1) * (K - stands)
+            is_tried = behind & (place < stands[:, None] + 1 + MOST_MASKS)
+            size = tl.minimum(MOST_MASKS + 1, K - stands)
+            first = tried_row + R * group_rows(left, step - 1, MOST_MASKS + 1) + (hit - 1) * size
             row = tl.minimum(first[:, None] + tl.where(is_next, 0, place - stands[:, None]), num_rows - 1)
-            next_drafts = tl.where(behind, tl.load(drawn_ids + row, mask=behind, other=0).to(tl.int32), next_drafts)
-            behind_each = behind[:, :, None] & (which < R)
-            proposed_each = tl.load(drawn_runner_ups + row[:, :, None] * R + which, mask=behind_each, other=0).to(tl.int32)
-            next_runner_up = tl.where(behind_each, tl.where(is_next[:, :, None], -1, proposed_each), next_runner_up)
+            proposed = tl.load(drawn_ids + row, mask=is_tried, other=0).to(tl.int32)
+            next_drafts = tl.where(behind, tl.where(is_tried, proposed, mask_id), next_drafts)
+            is_named = (is_tried & ~is_next)[:, :, None] & (which < R)
+            proposed_each = tl.load(drawn_runner_ups + row[:, :, None] * R + which, mask=is_named, other=-1).to(tl.int32)
+            next_runner_up = tl.where(behind[:, :, None], proposed_each, next_runner_up)
         next_stands = stands + is_hit.to(tl.int32)
         # What stands through a runner-up that was not tried ahead has its next token from this remask forward.
         is_last = is_cell & (place == stands[:, None] - 1)
