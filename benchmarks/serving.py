@@ -32,7 +32,7 @@ import torch
 from refusion import LLM, SamplingParams, SlotParams
 from refusion.evaluation.results import Figure, Run, to_plain
 from refusion.evaluation.statistics import Interval, pooled_ratio
-from refusion.llm import DECODERS, EngineSettings, RequestOutput
+from refusion.llm import DECODERS, DIFFUSION, EngineSettings, RequestOutput
 from refusion.synthesis.predictable import HELD_OUT_SEED, make
 
 LEAST_WARM_UP = 12
@@ -89,7 +89,7 @@ def main() -> None:
     parser = harness.parser("Tokens per second under load.", output="serving.json")
     parser.add_argument("--kind", default="chat", choices=["chat", "tasks"], help="what the requests are")
     parser.add_argument("--data", type=Path, default=None, help="JSONL rows with `query`; by default the held-out ones of the kind")
-    parser.add_argument("--decoders", nargs="+", default=list(DECODERS), choices=DECODERS)
+    parser.add_argument("--decoders", nargs="+", default=[name for name in DECODERS if name not in DIFFUSION], choices=DECODERS)
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32, 128], help="requests that run together")
     parser.add_argument("--requests", type=int, default=512, help="requests at each concurrency, at most; prompts are used again if fewer")
     parser.add_argument("--requests-per-concurrency", type=int, default=64, help="the same, times the concurrency")

@@ -129,3 +129,15 @@ def test_in_float32_the_batch_changes_no_text(run: Run, tmp_path: Path, chat_dat
     code, _, err = run("batches", "--model", tiny_model_dir, *options, "--output", output, "--batch-invariant")
     assert (code, err.count("\n")) == (1, 1)
     assert "batch_invariant needs a GPU" in err
+
+
+def test_diffusion_forwards_times_every_decoder_and_checks_it_against_the_plain_loops(
+    run: Run, tmp_path: Path, chat_data: Path, tiny_model_dir: Path
+) -> None:
+    options = ["--dtype", "float32", "--data", chat_data, "--limit", 2, "--max-tokens", 12, "--concurrency", 2, "--check", 2]
+    code, out, err = run("diffusion_forwards", "--model", tiny_model_dir, *options, "--output", tmp_path / "out.json")
+    assert code == 0, err
+    content = read_result(tmp_path / "out.json")
+    assert len(content["runs"]) == len(out.splitlines()) == 8
+    checked = [found["figures"]["same_as_plain"] for found in content["runs"] if "same_as_plain" in found["figures"]]
+    assert checked == [1.0] * 6

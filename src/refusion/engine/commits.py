@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refusion.decoding.diffusion_rounds import PLACE, TOKENS, DiffusionRounds
 from refusion.decoding.params import SlotSettings
 from refusion.decoding.refusion_report import AGENDA, ReportColumns, group_rows
 from refusion.decoding.refusion_rounds import RefusionRounds
@@ -24,23 +25,29 @@ class Commits:
     token: np.ndarray
 
 
-def num_committed(rounds: RefusionRounds | AutoregressiveRounds, report: np.ndarray) -> np.ndarray:
+def num_committed(rounds: RefusionRounds | AutoregressiveRounds | DiffusionRounds, report: np.ndarray) -> np.ndarray:
     """[B] tokens that became final by a report [B, R]; 0 for seats that took no part."""
     if isinstance(rounds, AutoregressiveRounds):
         return report[:, NUM_COMMON]
+    if isinstance(rounds, DiffusionRounds):
+        return (report[:, TOKENS:] >= 0).sum(axis=1)
     first = rounds.columns.committed
     if rounds.width == 1:
         return report[:, first]
     return report[:, first : first + rounds.width].sum(axis=1)
 
 
-def commits(rounds: RefusionRounds | AutoregressiveRounds, report: np.ndarray, took_part: np.ndarray) -> Commits:
+def commits(rounds: RefusionRounds | AutoregressiveRounds | DiffusionRounds, report: np.ndarray, took_part: np.ndarray) -> Commits:
     """Final tokens of a report [B, R]; took_part [B] bool."""
     overflow = report[took_part, OVERFLOW]
     assert not overflow.any(), f"{overflow.max()} rows of a seat did not fit into its forward"
     if isinstance(rounds, AutoregressiveRounds):
         seat = ((report[:, NUM_COMMON] != 0) & took_part).nonzero()[0]
         return Commits(seat, report[seat, NUM_FORWARDS] - 1, report[seat, NUM_COMMON + 1])
+    if isinstance(rounds, DiffusionRounds):
+        tokens = report[:, TOKENS:]
+        seat, place = ((tokens >= 0) & took_part[:, None]).nonzero()
+        return Commits(seat, report[seat, PLACE] + place, tokens[seat, place])
     columns, width, slot_size = rounds.columns, rounds.width, rounds.slot_size
     count = report[:, columns.committed : columns.committed + width]  # [B, W]
     drafts = report[:, columns.drafts : columns.drafts + width * slot_size].reshape(-1, width, slot_size)
