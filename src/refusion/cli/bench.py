@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from refusion.cli import options
+from refusion.errors import DataError
 from refusion.hub import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def command(
     slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction)
     with options.interruptible():
         from refusion.evaluation.results import content_of, write_result
-        from refusion.evaluation.speed import PROMPTS, SpeedSettings, measure_speed, read_prompts
+        from refusion.evaluation.speed import PROMPTS, SpeedSettings, measure_speed
         from refusion.evaluation.speed_plot import check_format, plot_speed
 
         with options.usage_errors():
@@ -71,7 +72,7 @@ def command(
             )
             if plot is not None:
                 check_format(plot)
-        texts = read_prompts(prompts or PROMPTS)
+        texts = _read(prompts or PROMPTS)
         llm = options.load(model, device, dtype, settings.engine(device.partition(":")[0]), quantization)
         options.resolve_slots(slots, llm)
         with _progress() as show:
@@ -80,6 +81,22 @@ def command(
         if plot is not None:
             plot_speed(content, plot)
     options.print_json(content) if as_json else _print(content, with_bars=plot is None)
+
+
+def _read(path: Path) -> list[str]:
+    """One prompt a line, or `query` (or the first user turn) of JSON lines. Raises DataError for a file without any."""
+    from refusion.synthesis.jsonl import read_queries
+
+    if {".jsonl", ".json"} & set(path.suffixes):
+        found = read_queries(path)
+    else:
+        try:
+            found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {path}: {error}") from error
+    if not found:
+        raise DataError(f"{path} holds no prompt; write one a line, or JSON lines with `query`")
+    return found
 
 
 def _requests(llm: LLM, texts: list[str], raw: bool) -> list[Prompt]:

@@ -13,15 +13,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from refusion.engine.costs import CPU_WIDTHS, GPU_WIDTHS, NUM_CACHED, measure
-from refusion.errors import CheckpointError, ConfigError, DataError, RefusionError
+from refusion.errors import CheckpointError, ConfigError, RefusionError
 from refusion.evaluation.load import Load, Server, comparison, cycled, run_of, take_turns
 from refusion.evaluation.results import Figure, Result, Run
 from refusion.evaluation.statistics import Interval
 from refusion.llm import DECODERS, LLM, EngineSettings, Prompt, SamplingParams, SlotParams
-from refusion.synthesis.jsonl import read_queries
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
-"""Prompts of many kinds, one a line."""
+"""Prompts of many kinds, one a line, for who brings none."""
 PREFILL_LENGTHS = (128, 512, 1024)
 _WARM_UP_TOKENS = 32
 _MOST_PROMPTS = 4096
@@ -98,20 +97,6 @@ def contenders(llm: LLM, settings: SpeedSettings) -> tuple[str, ...]:
         return tuple(dict.fromkeys(settings.decoders))
     found = tuple(name for name in DECODERS if _is_supported(llm, name, settings))
     return found if set(found) != {"autoregressive", "auto"} else ("autoregressive",)  # nothing to choose from
-
-
-def read_prompts(path: Path = PROMPTS) -> list[str]:
-    """One prompt a line, or `query` (or the first user turn) of JSON lines. Raises DataError for a file without any."""
-    if {".jsonl", ".json"} & set(path.suffixes):
-        found = read_queries(path)
-    else:
-        try:
-            found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {path}: {error}") from error
-    if not found:
-        raise DataError(f"{path} holds no prompt; write one a line, or JSON lines with `query`")
-    return found
 
 
 def forward_times(llm: LLM, widths: Sequence[int] | None = None, repeats: int = 5) -> dict[str, Figure]:
