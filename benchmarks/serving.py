@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def loads_at(server: Server, decoders: Sequence[str], prompts: Sequence[Any], co
         for decoder, load in loads.items():
             server.serve(load, decoder, prompts, concurrency)
         return loads
-    take_turns(server, loads, prompts)
+    take_turns([partial(server.serve, load, decoder, concurrency=1) for decoder, load in loads.items()], prompts)
     return loads
 
 

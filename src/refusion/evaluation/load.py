@@ -12,15 +12,19 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from refusion.evaluation.results import Figure, Run
 from refusion.evaluation.statistics import Interval, pooled_ratio
 from refusion.llm import LLM, Prompt, RequestOutput, SamplingParams, SlotParams
+
+MOST_PROMPTS = 4096
+"""Of a timed run: enough for every interval, whatever the machine."""
 
 
 @dataclass(slots=True)
@@ -50,33 +54,49 @@ class Server:
     llm: LLM
     slots: SlotParams
     sampling: SamplingParams
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings that `LLM.generate` takes of the decoder."""
 
     def serve(self, load: Load, decoder: str, prompts: Sequence[Prompt], concurrency: int) -> None:
         """Answer the prompts and add what it took to `load`."""
         before = self.llm.engine.runner.num_first_runs
         with device_times(self.llm) as device_ms:
             started = time.perf_counter()
-            load.outputs += self.llm.generate(list(prompts), self.sampling, self.slots, decoder, batch_size=concurrency)
+            load.outputs += self.llm.generate(list(prompts), self.sampling, self.slots, decoder, batch_size=concurrency, **self.options)
             self.llm.engine.runner.synchronize()  # a forward launched ahead of the last report is part of the price
             load.seconds += time.perf_counter() - started
         load.device_ms += device_ms
         load.num_first_runs += self.llm.engine.runner.num_first_runs - before
+
+    def serve_for(self, load: Load, decoder: str, prompts: Sequence[Prompt], concurrency: int, seconds: float) -> None:
+        """One round of prompts, and then as many as fit into the rest of the time, all at once; the prompts are used again as needed."""
+        began = time.perf_counter()
+        first = Load()
+        self.serve(first, decoder, cycled(prompts, concurrency), concurrency)
+        taken = time.perf_counter() - began
+        more = min(int((seconds - taken) / taken) * concurrency, MOST_PROMPTS)
+        if more > 0:  # the first round ended with empty seats, so it does not count beside a long run
+            first = Load(num_first_runs=first.num_first_runs)
+            self.serve(first, decoder, cycled(prompts, more), concurrency)
+        load.outputs += first.outputs
+        load.seconds += first.seconds
+        load.device_ms += first.device_ms
+        load.num_first_runs += first.num_first_runs
 
     def warm_up(self, decoders: Sequence[str], longest: int, concurrency: int) -> None:
         """Make every shape ready that prompts of up to `longest` tokens can need."""
         named = dict.fromkeys(
             name for decoder in decoders for name in (("refusion", "autoregressive") if decoder == "auto" else (decoder,))
         )
-        self.llm.warm_up(tuple(named), batch_size=concurrency, sampling=self.sampling, slots=self.slots, prompt_tokens=longest)
+        sizes = {"batch_size": concurrency, "prompt_tokens": longest}
+        self.llm.warm_up(tuple(named), sampling=self.sampling, slots=self.slots, **sizes, **self.options)
 
 
-def take_turns(server: Server, loads: dict[str, Load], prompts: Sequence[Prompt]) -> None:
-    """One prompt after the other by every decoder, who begins changing each time."""
-    decoders = list(loads)
+def take_turns(contenders: Sequence[Callable[[Sequence[Prompt]], None]], prompts: Sequence[Prompt]) -> None:
+    """One prompt after the other, answered by everyone, who begins changing each time."""
     for turn, prompt in enumerate(prompts):
-        for place in range(len(decoders)):
-            decoder = decoders[(turn + place) % len(decoders)]
-            server.serve(loads[decoder], decoder, [prompt], 1)
+        for place in range(len(contenders)):
+            contenders[(turn + place) % len(contenders)]([prompt])
 
 
 def cycled(prompts: Sequence[Prompt], count: int) -> list[Prompt]:

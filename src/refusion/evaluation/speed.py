@@ -7,9 +7,9 @@ Time is bounded: a decoder gets `seconds` at each batch size, and no prompt is b
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from refusion.engine.costs import CPU_WIDTHS, GPU_WIDTHS, NUM_CACHED, measure
@@ -23,8 +23,6 @@ PROMPTS = Path(__file__).with_name("prompts.txt")
 """Prompts of many kinds, one a line, for who brings none."""
 PREFILL_LENGTHS = (128, 512, 1024)
 _WARM_UP_TOKENS = 32
-_MOST_PROMPTS = 4096
-"""At one batch size: enough for every interval, whatever the machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,31 +140,18 @@ def _loads(
     else:
         for decoder, load in loads.items():
             on_progress(f"{decoder}, batch {size}")
-            _together(server, decoder, load, prompts, size, seconds)
+            server.serve_for(load, decoder, prompts, size, seconds)
     return loads
 
 
 def _alone(server: Server, loads: dict[str, Load], prompts: Sequence[Prompt], seconds: float, on_progress: Callable[[str], None]) -> None:
     """Prompt by prompt, as long as the slowest decoder has time; the prompts are not used twice."""
+    contenders = [partial(server.serve, load, decoder, concurrency=1) for decoder, load in loads.items()]
     for number, prompt in enumerate(prompts, 1):
         on_progress(f"batch 1, prompt {number} of {len(prompts)}")
-        turn = list(loads)[number % len(loads) :] + list(loads)[: number % len(loads)]  # who begins changes each time
-        take_turns(server, {decoder: loads[decoder] for decoder in turn}, [prompt])
+        take_turns(contenders[number % len(loads) :] + contenders[: number % len(loads)], [prompt])
         if max(load.seconds for load in loads.values()) >= seconds:
             return
-
-
-def _together(server: Server, decoder: str, load: Load, prompts: Sequence[Prompt], size: int, seconds: float) -> None:
-    """One batch, and then at once as many as fit into the rest of the time."""
-    began = time.perf_counter()
-    server.serve(load, decoder, cycled(prompts, size), size)
-    taken = time.perf_counter() - began
-    more = min(int((seconds - taken) / taken) * size, _MOST_PROMPTS)
-    if more > 0:
-        counted = Load()  # the first batch ended with empty seats, so it does not count beside a long run
-        server.serve(counted, decoder, cycled(prompts, more), size)
-        load.outputs, load.seconds, load.device_ms = counted.outputs, counted.seconds, counted.device_ms
-        load.num_first_runs += counted.num_first_runs
 
 
 def _is_supported(llm: LLM, decoder: str, settings: SpeedSettings) -> bool:
