@@ -121,7 +121,7 @@ class _Table:
                 if not seeds:
                     continue
                 if len(pooled[0]) == len(pooled[1]) and task.endswith("_1"):
-                    figures[task] = speed_ratio(*pooled)
+                    figures[task] = speed_ratio(pooled[0], pooled[1])
                 else:  # as many prompts as there was time for: not the same ones
                     figures[task] = _pooled_speed(pooled[0]) / _pooled_speed(pooled[1])
             if figures:

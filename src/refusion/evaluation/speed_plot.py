@@ -15,12 +15,12 @@ def check_format(path: Path) -> None:
     """Raises ConfigError for a file name that says no format, and ModuleNotFoundError without matplotlib."""
     if path.suffix not in FORMATS:
         raise ConfigError(f"plot is {str(path)!r}; it must end in one of {', '.join(FORMATS)}")
-    import matplotlib  # noqa: F401  (its absence is told before anything is measured)
+    import matplotlib  # noqa: F401  # pyright: ignore[reportMissingImports]  (an extra; its absence is told before anything is measured)
 
 
 def plot_speed(content: dict[str, Any], path: Path) -> None:
     """Draw the content of a result file of `refusion.evaluation.speed`."""
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]  (without pyplot: no display, no global state)
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)

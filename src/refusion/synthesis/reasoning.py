@@ -40,7 +40,7 @@ class Family:
 def make_rows(family: str, seed: int, count: int, excluded: Collection[str] = ()) -> list[ReasoningRow]:
     """`count` problems drawn, less repeated questions and those in `excluded`. Raises DataError without the package."""
     try:
-        import reasoning_gym
+        import reasoning_gym  # pyright: ignore[reportMissingImports]  (an extra)
     except ModuleNotFoundError as error:
         raise DataError(f"these problems need {error.name}; install it with `pip install 'refusion[comparison]'`") from error
 
