@@ -4,10 +4,11 @@
     python benchmarks/ablations.py --groups slots thresholds --limit 140 --seconds 300
     python benchmarks/ablation_plots.py                                # the plots in docs/ from the result file
 
-Groups: `slots` (slot size by block width), `thresholds`, `rules` (acceptance and correction), `fusion`, `kv` (keys and values as the infill
-left them, or computed anew among siblings) and `score` (by what a plan chooses slots). Accuracy is that of the predictable tasks,
-agreement that of held-out chat; tokens/s are measured at batch 1, every arm in turn with autoregressive decoding of the same weights.
-`kv` and `score` run the plain decoder (`refusion.decoding.variants`), which has no speed worth telling.
+Groups: `slots` (slot size by block width), `thresholds`, `rules` (acceptance and correction), `fusion`, `infill` (alternatives, and how
+much is drafted behind a failed draft), `kv` (keys and values as the infill left them, or computed anew among siblings) and `score` (by what
+a plan chooses slots). Accuracy is that of the predictable tasks, agreement that of held-out chat; tokens/s are measured at batch 1, every
+arm in turn with autoregressive decoding of the same weights. `kv` and `score` run the plain decoder (`refusion.decoding.variants`), which
+has no speed worth telling.
 
 The result file is written after every arm, and arms that are in it already are not measured again.
 """
@@ -87,8 +88,10 @@ def arms() -> list[Arm]:
     found.append(Arm(group="fusion", label="fused rounds and infill", changes={}))
     found.append(Arm(group="fusion", label="fused rounds, two-pass infill", changes={"max_candidates": 0}))
     found.append(Arm(group="fusion", label="two-pass", changes=TWO_PASS))
+    found += [Arm(group="infill", label=f"{count} alternatives", changes={"alternatives": count}) for count in (0, 1, 2, 3)]
+    found += [Arm(group="infill", label=f"{length} behind a failed draft", changes={"infill_length": length}) for length in (1, 2, 4)]
     # Several slots must be infilled together for their K/V to differ, and the next plan must see what was computed anew.
-    wide = {"slot_size": 8, "block_size": 64, **TWO_PASS}
+    wide = {"slot_size": 8, "block_size": 64, "alternatives": 0, "infill_length": None, **TWO_PASS}
     for threshold in (0.9, 0.5):
         for variant, what in (("plain", "as the infill left them"), ("recompute", "computed anew")):
             changes = wide | {"slot_threshold": threshold}

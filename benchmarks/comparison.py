@@ -4,8 +4,9 @@
     python benchmarks/comparison.py ... --limit 50 --seconds 120          # a quick look
 
 RUNS holds OBJECTIVE-SEED/final; DATA holds tasks_heldout.jsonl.gz, gsm8k_test.jsonl.gz, rg_heldout.jsonl.gz and heldout.jsonl.gz (chat).
-`comparison_h100.sh` makes both. Measured are right answers by task, tokens per forward, agreement of held-out chat with the base model, the
-likelihood of held-out chat where the decoder has one, and tokens per second at batch 1 (contenders take turns) and 32.
+`train_comparison.sh` and `comparison_h100.sh` make them. Measured are right answers by task, tokens per forward, agreement of held-out chat
+with the base model, the likelihood of held-out chat where the decoder has one, and tokens per second at batch 1 (contenders take turns)
+and 32.
 
 Every answer goes to STATE/answers.jsonl as soon as it is there. The same command goes on where a run stopped, also for want of --seconds,
 and the result file always holds what there is. Models are known by their checksums: answers of a retrained one are not mixed in.
@@ -177,7 +178,7 @@ def found_models(args: argparse.Namespace) -> list[Model]:
         if objective in {c.objective for c in CONTENDERS} and seed.isdigit() and (args.seeds is None or int(seed) in args.seeds):
             found.append(Model(objective, int(seed), path, checksum(path)))
     if not found:
-        raise DataError(f"{args.runs} holds no OBJECTIVE-SEED/final; train some first (benchmarks/comparison_h100.sh)")
+        raise DataError(f"{args.runs} holds no OBJECTIVE-SEED/final; train some first (benchmarks/train_comparison.sh)")
     return found
 
 

@@ -43,7 +43,7 @@ evaluate() { # NAME PART [options]
     local left=$((SECONDS_EACH - (SECONDS - began)))
     [ "$left" -gt 0 ] || return 1
     # shellcheck disable=SC2086 # several words
-    timeout -s INT "$left" $PYTHON -m refusion eval --suite paper --data "$DIR/data" --device "$DEVICE" $how --resume --output "$output" "$@"
+    timeout -s INT -k 20 "$left" $PYTHON -m refusion eval --suite paper --data "$DIR/data" --device "$DEVICE" $how --resume --output "$output" "$@"
 }
 
 "$@"

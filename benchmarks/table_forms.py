@@ -69,6 +69,10 @@ def percent(figure: Any) -> str:
     return shown(figure, ".1f", 100) + (" %" if value_of(figure) is not None else "")
 
 
+def hundredth_percent(figure: Any) -> str:
+    return shown(figure, ".2f", 100) + (" %" if value_of(figure) is not None else "")
+
+
 def plain(figure: Any) -> str:
     return shown(figure, ".4g")
 

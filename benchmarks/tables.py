@@ -4,8 +4,9 @@
     python benchmarks/tables.py --check
 
 A table stands between `<!-- table:KIND FILE FILE="a title" -->` and `<!-- /table -->`. FILE is a result file's name without `.json`;
-every run of it becomes a row (a column in side-by-side). Kinds: chat, tasks, families, cpu, forward, serving, fusion, side-by-side,
-and those of `comparison_tables`: suite, suite-cost, comparison, comparison-cost, differences, ratios, ablations, published.
+every run of it becomes a row (a column in side-by-side). Kinds: chat, tasks, families, cpu, forward, serving, fusion,
+training, parity, side-by-side, and those of `comparison_tables`: suite, suite-cost, comparison, comparison-cost, differences, ratios,
+ablations, published.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import comparison_tables
-from table_forms import Source, interval, lines_of, one, percent, plain, rows, three, two, whole
+from table_forms import Source, hundredth_percent, interval, lines_of, one, percent, plain, rows, three, two, whole
 
 from refusion.errors import DataError, RefusionError
 from refusion.evaluation.results import read_result
@@ -149,6 +150,29 @@ def fusion(sources: Sequence[Source]) -> list[str]:
     )
 
 
+def training(sources: Sequence[Source]) -> list[str]:
+    """Speed and use of the arithmetic of each variant, and what the plan foretold."""
+    head = ["", "tokens/s", "FLOP utilisation", "packed", "s per step", "planned", "GB", "planned"]
+    names = ["tokens_per_second", "model_flops_utilisation", "packed_share", "seconds_per_step", "seconds_per_step_planned"]
+    names += ["memory_gb", "memory_gb_planned"]
+    forms = [whole, percent, percent, three, three, one, one]
+    chosen = [line for line in lines_of(sources) if names[0] in line.figures]
+    return rows(head, [[line.title, *(form(line.figures.get(n)) for n, form in zip(names, forms, strict=True))] for line in chosen])
+
+
+def parity(sources: Sequence[Source]) -> list[str]:
+    """Mean losses of packed and compiled against padded and eager training, and how far they are apart."""
+    head = ["", "steps", "term", "packed, compiled", "padded, eager", "apart", "apart, worst 50 steps"]
+    body = []
+    for line in lines_of(sources):
+        for term in ("loss", "loss_ar", "loss_mdm"):
+            if f"{term}_off_mean" in line.figures:
+                values = (three(line.figures[f"{term}_packed"]), three(line.figures[f"{term}_padded"]))
+                apart = (hundredth_percent(line.figures[f"{term}_off_{what}"]) for what in ("mean", "worst_fifty_steps"))
+                body.append([line.title, whole(line.figures["steps"]), f"`{term}`", *values, *apart])
+    return rows(head, body)
+
+
 def side_by_side(sources: Sequence[Source]) -> list[str]:
     """Every figure, one column per run: for comparing trainings on the same data."""
     lines = lines_of(sources)
@@ -160,6 +184,7 @@ def side_by_side(sources: Sequence[Source]) -> list[str]:
 
 KINDS: dict[str, Callable[[Sequence[Source]], list[str]]] = {
     "chat": chat, "tasks": tasks, "families": families, "cpu": cpu, "forward": forward, "serving": serving, "fusion": fusion,
+    "training": training, "parity": parity,
     "side-by-side": side_by_side, **comparison_tables.KINDS,
 }  # fmt: skip
 

@@ -47,8 +47,8 @@ def test_every_arm_is_measured_and_none_twice(script: Script, options: list[obje
     code, out, err = script("ablations", *options)
     assert code == 0, err
     runs: dict[str, Any] = {run["label"]: run for run in read_result(tmp_path / "out.json")["runs"]}
-    assert len(runs) == len(out.splitlines()) == 42
-    assert {run["settings"]["group"] for run in runs.values()} == {"slots", "thresholds", "rules", "fusion", "kv", "score"}
+    assert len(runs) == len(out.splitlines()) == 49
+    assert {run["settings"]["group"] for run in runs.values()} == {"slots", "thresholds", "rules", "fusion", "infill", "kv", "score"}
     wide = runs["slots: 16 in 128"]
     assert (wide["settings"]["slots"]["slot_size"], wide["settings"]["slots"]["block_size"]) == (16, 128)
     assert {"accuracy", "tokens_per_forward", "tokens_per_second", "over_autoregressive", "chat_agreement"} <= wide["figures"].keys()

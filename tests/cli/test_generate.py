@@ -82,7 +82,14 @@ def test_raw_continues_the_prompt_without_the_template(run_cli: RunCli, tiny_mod
 def test_flags_build_the_settings_of_the_python_interface(run_cli: RunCli, tiny_model_dir: Path) -> None:
     sampling = SamplingParams(max_tokens=20, temperature=0.9, top_p=0.8, seed=5)
     slots = SlotParams(
-        slot_size=4, serial_blocks=2, slot_threshold=0.2, token_threshold=0.1, acceptance="paper", correction="autoregressive"
+        slot_size=4,
+        serial_blocks=2,
+        slot_threshold=0.2,
+        token_threshold=0.1,
+        acceptance="paper",
+        correction="autoregressive",
+        alternatives=2,
+        infill_length=2,
     )
     expected = LLM.from_pretrained(tiny_model_dir, dtype="float32").generate([CHAT], sampling, slots)[0]
     flags = (
@@ -99,6 +106,10 @@ def test_flags_build_the_settings_of_the_python_interface(run_cli: RunCli, tiny_
         "paper",
         "--correction",
         "autoregressive",
+        "--alternatives",
+        "2",
+        "--infill-length",
+        "2",
         "--json",
         "hello",
     ).json

@@ -47,6 +47,8 @@ def command(
     token_threshold: options.TokenThreshold = None,
     acceptance: options.Acceptance = None,
     correction: options.Correction = None,
+    alternatives: options.Alternatives = None,
+    infill_length: options.InfillLength = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     quantization: options.Quantization = None,
@@ -60,7 +62,9 @@ def command(
     refusion bench --json --seconds 5 --max-tokens 64
     """
     sampling = options.sampling_params(max_tokens, temperature, top_p, seed, None)
-    slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction)
+    slots = options.slot_params(
+        slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives, infill_length
+    )
     with options.interruptible():
         from refusion.evaluation.results import content_of, write_result
         from refusion.evaluation.speed import PROMPTS, SpeedSettings, measure_speed

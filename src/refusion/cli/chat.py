@@ -38,6 +38,8 @@ def command(
     token_threshold: options.TokenThreshold = None,
     acceptance: options.Acceptance = None,
     correction: options.Correction = None,
+    alternatives: options.Alternatives = None,
+    infill_length: options.InfillLength = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     quantization: options.Quantization = None,
@@ -53,7 +55,9 @@ def command(
     printf 'My name is Ada.\\nWhat is my name?\\n' | refusion chat
     """
     sampling = options.sampling_params(max_tokens, temperature, top_p, seed, stop)
-    slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction)
+    slots = options.slot_params(
+        slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives, infill_length
+    )
     engine = options.engine_settings(cache_tokens)
     with options.interruptible():
         llm = options.load(model, device, dtype, engine, quantization)

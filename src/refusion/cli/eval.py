@@ -45,6 +45,8 @@ def command(
     token_threshold: options.TokenThreshold = None,
     acceptance: options.Acceptance = None,
     correction: options.Correction = None,
+    alternatives: options.Alternatives = None,
+    infill_length: options.InfillLength = None,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Result file; answers go to FILE's .samples folder. Default: eval-MODEL-DECODER.json."),
@@ -65,7 +67,9 @@ def command(
     refusion eval --decoder autoregressive --model smollm2-135m --output base.json
     refusion eval --output one.json --setting one --slot-size 16 --block-size 64 --resume
     """
-    slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction)
+    slots = options.slot_params(
+        slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives, infill_length
+    )
     with options.usage_errors():
         from refusion.evaluation.suite import SuiteSettings, run_suite, samples_directory
 

@@ -35,6 +35,8 @@ def command(
     token_threshold: options.TokenThreshold = None,
     acceptance: options.Acceptance = None,
     correction: options.Correction = None,
+    alternatives: options.Alternatives = None,
+    infill_length: options.InfillLength = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     quantization: options.Quantization = None,
@@ -50,7 +52,9 @@ def command(
     refusion generate --raw --temperature 0.8 --seed 7 --stop "." "Once upon a time"
     """
     sampling = options.sampling_params(max_tokens, temperature, top_p, seed, stop)
-    slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction)
+    slots = options.slot_params(
+        slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives, infill_length
+    )
     engine = options.engine_settings(cache_tokens)
     options.refuse_together({"--compare": compare, "--watch": watch})
     options.refuse_together({"--compare": compare, "--quantization": quantization is not None})

@@ -57,7 +57,7 @@ class QuantizationName(StrEnum):
 Model = Annotated[str, typer.Option(help="Named model (`refusion models list`) or directory of a checkpoint.")]
 Decoder = Annotated[DecoderName, typer.Option(help="Plan and infill slots, write one token per forward, or (auto) what is faster here.")]
 SlotSize = Annotated[
-    int | None, typer.Option(help="Tokens in a slot; this and the next six are the model's own for the device where left out.")
+    int | None, typer.Option(help="Tokens in a slot; this and the next eight are the model's own for the device where left out.")
 ]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens in a serial block, a multiple of the slot size.")]
 SerialBlocks = Annotated[int | None, typer.Option(help="Serial blocks the answer is cut into, instead of --block-size.")]
@@ -71,6 +71,10 @@ Correction = Annotated[
     CorrectionName | None,
     typer.Option(help="Replace the first draft that fails by the next mask prediction (paper) or by the token that judged it."),
 ]
+Alternatives = Annotated[
+    int | None, typer.Option(help="Runner-ups of each draft that are tried beside it, 0 to 3; they may replace it without another forward.")
+]
+InfillLength = Annotated[int | None, typer.Option(help="Tokens drafted at most behind a draft that failed.")]
 MaxTokens = Annotated[int, typer.Option(help="Most new tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the most probable token.")]
 TopP = Annotated[float, typer.Option(help="Draw from the most probable tokens with this much probability together.")]
@@ -100,6 +104,8 @@ def slot_params(
     token_threshold: float | None,
     acceptance: AcceptanceName | None,
     correction: CorrectionName | None,
+    alternatives: int | None,
+    infill_length: int | None,
 ) -> SlotParams:
     """Checked settings of the slot flags; a value out of range is a usage error."""
     from refusion.decoding.params import SlotParams
@@ -113,6 +119,8 @@ def slot_params(
             token_threshold=token_threshold,
             acceptance=acceptance.value if acceptance else None,
             correction=correction.value if correction else None,
+            alternatives=alternatives,
+            infill_length=infill_length,
         )
 
 
@@ -193,7 +201,10 @@ def slots_text(slots: SlotSettings) -> str:
     """Slot settings in words."""
     cut = f"{slots.serial_blocks} serial blocks" if slots.serial_blocks else f"blocks of {slots.block_size or slots.slot_size}"
     thresholds = f"thresholds {slots.slot_threshold:g}/{slots.token_threshold:g}"
-    return f"slots of {slots.slot_size} in {cut}, {thresholds}, {slots.acceptance} acceptance, {slots.correction} correction"
+    rules = f"{slots.acceptance} acceptance, {slots.correction} correction"
+    tried = f", {slots.alternatives} alternative{'s' * (slots.alternatives > 1)}" if slots.alternatives else ""
+    drafted = f", {slots.infill_length} tokens behind a failed draft" if slots.infill_length else ""
+    return f"slots of {slots.slot_size} in {cut}, {thresholds}, {rules}{tried}{drafted}"
 
 
 def output_dict(output: RequestOutput) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refusion.decoding.refusion_report import AGENDA, ReportColumns
+from refusion.decoding.params import SlotSettings
+from refusion.decoding.refusion_report import AGENDA, ReportColumns, group_rows
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import NUM_COMMON, NUM_FORWARDS, OVERFLOW, AutoregressiveRounds
 from refusion.decoding.state import DONE, INFILL, PLAN, REMASK, VERIFY
@@ -69,8 +70,8 @@ class Demand:
     It is asked between the report of one forward and the launch of the next, when the device stands still.
     """
 
-    def __init__(self, columns: ReportColumns) -> None:
-        self.columns, self.width, self.slot_size = columns, columns.width, columns.slot_size
+    def __init__(self, columns: ReportColumns, slots: SlotSettings) -> None:
+        self.columns, self.width, self.slot_size, self.slots = columns, columns.width, columns.slot_size, slots
         self._tables: dict[int, np.ndarray] = {}  # candidates -> [phases * (K + 2) * 2] rows of a block of one slot
         self._weights = np.array([2 * (self.slot_size + 2), 0, 0, 2, 1], dtype=np.int32)  # of phase, two slots, verified, planned
 
@@ -96,9 +97,8 @@ class Demand:
         rows = np.zeros((NUM_PHASES, size + 2, 2), dtype=np.int64)
         for verified in range(size + 1):
             left = size - verified
-            used = min(candidates, left)
-            rows[[VERIFY, INFILL], verified + 1] = size + used * left - used * (used + 1) // 2
-            rows[REMASK, verified + 1] = size
+            rows[[VERIFY, INFILL], verified + 1] = size + int(group_rows(np.array(left), self.slots, candidates))
+            rows[REMASK, verified + 1] = verified + min(left, self.slots.most_masks)
         rows[[PLAN, VERIFY, INFILL], :, 1] += size
         rows[PLAN, 1:, 0] = 0
         rows[DONE] = 0

@@ -314,8 +314,9 @@ class Runner:
     def _readout(self, lane: Lane, hidden: Tensor, rows: Rows) -> Readout:
         num_rows = hidden.shape[0]
         given_ids = lane.rounds.given_ids[:num_rows]
+        num_runner_ups = 0 if lane.key.slots is None else lane.key.slots.alternatives
         if lane.key.is_greedy:
-            return self.network.readout(hidden, self.bias_banned, given_ids)
+            return self.network.readout(hidden, self.bias_banned, given_ids, num_runner_ups)
         seat = rows.seat.clamp(min=0).long()
         return sampled_readout(
             self.network.logits(hidden),
@@ -326,6 +327,7 @@ class Runner:
             lane.rounds.seeds[:num_rows],
             rows.positions,
             lane.rounds.attempts[:num_rows],
+            num_runner_ups,
         )
 
     def _store(self, new: KeyValues, source: Tensor, target: Tensor) -> None:

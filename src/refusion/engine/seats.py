@@ -49,7 +49,7 @@ class Seats:
         self.most_committed = key.width * size
         """Tokens one forward can commit for one request."""
         room = -(-key.max_tokens // self.most_committed) * self.most_committed
-        self.demand = Demand(lane.rounds.columns) if isinstance(lane.rounds, RefusionRounds) else None
+        self.demand = Demand(lane.rounds.columns, lane.rounds.slots) if isinstance(lane.rounds, RefusionRounds) else None
         self.requests: list[Request] = []
         self.waiting: list[tuple[int, Request]] = []  # a heap by arrival
         self.reports = np.zeros((num_seats, lane.rounds.report_width), dtype=np.int32)  # [B, R] of the last forward

@@ -37,6 +37,8 @@ class Run:
     label: str
     settings: Mapping[str, Any]
     figures: Mapping[str, Figure]
+    series: Mapping[str, Sequence[float] | Mapping[str, float]] = field(default_factory=dict)
+    """Curves, such as a loss by step, and lists; left out of the file where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +73,7 @@ def content_of(result: Result) -> dict[str, Any]:
         "command": command_line(),
         "settings": to_plain(result.settings),
         "figures": {name: to_plain(figure) for name, figure in result.figures.items()},
-        "runs": [to_plain(asdict(run)) for run in result.runs],
+        "runs": [{name: value for name, value in to_plain(asdict(run)).items() if value or name != "series"} for run in result.runs],
         "notes": result.notes,
     }
 

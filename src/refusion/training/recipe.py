@@ -62,6 +62,8 @@ class ModelSettings:
     """Jinja file, or "chatml", that takes the place of the checkpoint's chat template and goes into the final model."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """bfloat16 = autocast over float32 master weights; auto = bfloat16 on a GPU, float32 elsewhere."""
+    residual: Literal["float32", "bfloat16"] = "float32"
+    """Type of the hidden states between layers under autocast; bfloat16 = less memory and traffic, but every layer's sum is rounded."""
     attention: Literal["sdpa", "flex"] = "sdpa"
     """sdpa = dense masks; flex = FlexAttention block masks that skip what packed documents do not see (GPU)."""
     compile: bool = False
