@@ -5,7 +5,7 @@
 
 RUNS holds OBJECTIVE-SEED/final; DATA holds tasks_heldout.jsonl.gz, gsm8k_test.jsonl.gz, rg_heldout.jsonl.gz and heldout.jsonl.gz (chat).
 `train_comparison.sh` and `comparison_h100.sh` make them. Measured are right answers by task, tokens per forward, agreement of held-out chat
-with the base model, the likelihood of held-out chat where the decoder has one, and tokens per second at batch 1 (contenders take turns)
+with the base model, the likelihood of held-out chat (or its bound), and tokens per second at batch 1 (contenders take turns)
 and 32.
 
 Every answer goes to STATE/answers.jsonl as soon as it is there. The same command goes on where a run stopped, also for want of --seconds,
@@ -33,7 +33,7 @@ import tasks
 from refusion import LLM, SamplingParams, SlotParams
 from refusion.errors import ConfigError, DataError
 from refusion.evaluation.fidelity import answer_scores
-from refusion.evaluation.likelihood import BoundSettings, chain_likelihoods, slot_bounds
+from refusion.evaluation.likelihood import BoundSettings, Likelihood, Pair, chain_likelihoods, slot_bounds
 from refusion.evaluation.load import Load, Server, cycled, take_turns
 from refusion.evaluation.results import write_result
 from refusion.evaluation.sample_log import SampleLog
@@ -43,6 +43,8 @@ Row = dict[str, Any]
 LOG = "answers"
 PAPER_TOKENS = 512
 """Length of every answer in the paper's set-up of plain masked diffusion."""
+BOUND_SAMPLES = 16
+"""Masked sets drawn of each answer where its likelihood is bounded."""
 ROOM = 1024
 """Tokens of the longest prompt and answer together, for the size of the KV cache."""
 
@@ -283,29 +285,21 @@ class Bench:
         return [{"agreed": float(sum(score.is_argmax)), "nats": -score.total} for score in found]
 
     def likelihoods(self, contender: Contender, model: Model, llms: dict[str, LLM]) -> None:
-        """Nats of held-out answers under the model's own factorisation; the other decoders have none here."""
+        """Nats of held-out answers under the model's own factorisation: exact left to right, else a bound."""
         key = key_of(contender, model, "likelihood")
         rows = self.chat.rows[: self.args.likelihood_rows]
-        if contender.objective not in ("autoregressive", "refusion") or (key, len(rows) - 1) in self.known:
+        if (key, len(rows) - 1) in self.known:
             return
         self.check_time()
         llm = self.llm(model, llms)
         assert llm.tokenizer is not None, "trained models have one"
         pairs = [(llm.encode(harness.chat(row["query"])), [*llm.tokenizer.encode(row["response"]), llm.eos_ids()[0]]) for row in rows]
-        size = 32 if self.is_cuda else 4
-        if contender.objective == "autoregressive":
-            found = chain_likelihoods(llm.model, pairs, size)
-        else:
-            assert llm.config.mask_token_id is not None, "a diffusion model has one"
-            bound = BoundSettings(slot_size=contender.slots.resolve(llm.recommended).slot_size, num_samples=16)
-            found = slot_bounds(llm.model, pairs, llm.config.mask_token_id, bound, size)
-        self.log.append(
-            LOG,
-            [
-                {"task": key, "doc_id": i, "scores": {"nats": -each.log_prob}, "num_tokens": len(pair[1])}
-                for i, (pair, each) in enumerate(zip(pairs, found, strict=True))
-            ],
-        )
+        found = own_likelihoods(llm, contender, pairs, 32 if self.is_cuda else 4)
+        rows_of_log = [
+            {"task": key, "doc_id": i, "scores": {"nats": -each.log_prob}, "num_tokens": len(answer)}
+            for i, ((_, answer), each) in enumerate(zip(pairs, found, strict=True))
+        ]
+        self.log.append(LOG, rows_of_log)
 
     def time(self, kind: str, size: int, pairs: Sequence[tuple[Contender, Model]], llms: dict[str, LLM]) -> None:
         """Every contender on the same prompts: alone in turns, else one after the other for --speed-seconds each."""
@@ -369,6 +363,22 @@ class Bench:
     def check_time(self) -> None:
         if time.monotonic() > self.deadline:
             raise OutOfTime
+
+
+def own_likelihoods(llm: LLM, contender: Contender, pairs: Sequence[Pair], batch_size: int) -> list[Likelihood]:
+    """By the factorisation that the contender decodes with."""
+    if contender.objective == "autoregressive":
+        return chain_likelihoods(llm.model, pairs, batch_size)
+    mask_id = llm.config.mask_token_id
+    assert mask_id is not None, "a diffusion model has one"
+    if contender.objective == "refusion":
+        bound = BoundSettings(slot_size=contender.slots.resolve(llm.recommended).slot_size, num_samples=BOUND_SAMPLES)
+        return slot_bounds(llm.model, pairs, mask_id, bound, batch_size)
+    from refusion.evaluation.diffusion_likelihood import diffusion_bounds
+
+    # As the decoders read the settings: a block length left out is the one the checkpoint was trained with.
+    settings = llm.new_request([0], None, None, contender.objective, **contender.options).diffusion
+    return diffusion_bounds(llm.model, pairs, mask_id, settings, num_samples=BOUND_SAMPLES, seed=0, batch_size=batch_size)
 
 
 def timed(server: Server, load: Load, decoder: str, walls: list[float], prompts: Sequence[Any]) -> None:
