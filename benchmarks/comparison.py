@@ -316,8 +316,8 @@ class Bench:
             server.warm_up([contender.objective], longest, size)
             server.serve(Load(), contender.objective, cycled(prompts, size), size)
             server.warm_up([contender.objective], longest, size)
+        walls: list[list[float]] = [[] for _ in pairs]
         if size == 1:
-            walls: list[list[float]] = [[] for _ in pairs]
             serves = [
                 partial(timed, server, load, pair[0].objective, wall)
                 for server, load, pair, wall in zip(servers, loads, pairs, walls, strict=True)
@@ -328,9 +328,15 @@ class Bench:
             for server, load, (contender, _) in zip(servers, loads, pairs, strict=True):
                 self.check_time()
                 server.serve_for(load, contender.objective, prompts, size, self.args.speed_seconds)
-            walls = [[load.seconds / len(load.outputs)] * len(load.outputs) for load in loads]
-        for key, load, wall in zip(keys, loads, walls, strict=True):
-            self.append(key, range(len(load.outputs)), load.outputs, [{"wall": seconds} for seconds in wall])
+        for number, (key, load) in enumerate(zip(keys, loads, strict=True)):
+            if size == 1:
+                self.append(key, range(len(load.outputs)), load.outputs, [{"wall": seconds} for seconds in walls[number]])
+            else:  # which prompts there was time for differs, so only the sums mean something
+                total = {"num_tokens": load.num_tokens, "num_forwards": sum(out.stats.num_forwards for out in load.outputs)}
+                self.log.append(
+                    LOG, [{"task": key, "doc_id": 0, "scores": {"wall": load.seconds}, "num_requests": len(load.outputs), **total}]
+                )
+                self.known.add((key, 0))
             print(f"{key}: {load.tokens_per_second:.0f} tokens/s", file=sys.stderr)
 
     def server(self, contender: Contender, model: Model, llms: dict[str, LLM]) -> Server:
