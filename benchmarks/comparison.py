@@ -161,7 +161,7 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--likelihood-rows", type=int, default=128, help="held-out chat pairs whose likelihood is measured")
     parser.add_argument("--speed-prompts", type=int, default=32, help="prompts of each kind that are timed at batch 1")
     parser.add_argument("--speed-seconds", type=float, default=8, help="per contender and kind at larger batches")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32], help="at which speed is measured")
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 32], help="at which speed is measured; none: it is not")
     parser.add_argument("--batch-size", type=int, default=None, help="problems decoded together; by default 4 on a CPU, 128 on a GPU")
     parser.add_argument("--max-tokens", type=int, default=256, help="new tokens at most; GSM8K twice as many")
     parser.add_argument("--tasks", nargs="+", default=["predictable", "gsm8k", "reasoning"], help="of predictable, gsm8k, reasoning")
@@ -348,7 +348,7 @@ class Bench:
         if model.name not in llms:
             # Plain masked diffusion runs whole texts in every forward.
             rows = ROOM * (32 if self.is_cuda else 4) if model.objective == "masked_diffusion" else None
-            seats = max(self.batch_size, *self.args.batch_sizes)
+            seats = max([self.batch_size, *self.args.batch_sizes])
             engine = EngineSettings(max_num_seqs=seats, cache_tokens=seats * ROOM, max_decode_rows=rows, prefix_caching=False)
             llms[model.name] = LLM.from_pretrained(model.path, device=self.args.device, dtype=self.args.dtype, engine=engine)
         return llms[model.name]

@@ -91,9 +91,10 @@ def test_out_of_time_it_says_what_there_is_and_goes_on_later(compare: Compare, w
     assert (code, content["runs"]) == (0, [])
     assert "out of time" in err
     assert "autoregressive/0@" in content["settings"]["unfinished"][0]
-    code, err, content = compare("--tasks", "gsm8k", "--batch-sizes", 1)
+    code, err, content = compare("--tasks", "gsm8k", "--batch-sizes")
     assert code == 0, err
     assert content["settings"]["unfinished"] == []
+    assert not any(name.startswith("tokens_per_second") for run in content["runs"] for name in run["figures"])
 
 
 def test_ctrl_c_writes_what_there_is(compare: Compare, without_second_seed: None, monkeypatch: pytest.MonkeyPatch) -> None:
