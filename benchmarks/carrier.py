@@ -38,11 +38,13 @@ from torch import Tensor
 from refusion import LLM, SamplingParams, hub
 from refusion.atomic import atomic_directory
 from refusion.checkpoint import INDEX, read_json, read_state_dict, side_files, write_json
+from refusion.engine.build import quantized_network
 from refusion.errors import CheckpointError, ConfigError
 from refusion.evaluation.results import Figure, Run, to_plain
 from refusion.evaluation.statistics import pooled_ratio
 from refusion.llm import EngineSettings, RequestOutput
 from refusion.model.config import ModelConfig
+from refusion.model.quantize import Kind
 from refusion.model.transformer import Transformer
 from refusion.model.transformer import _inverse_frequencies as inverse_frequencies
 from refusion.model.weights import FUSED
@@ -115,24 +117,37 @@ def load_llm(
     device: str = "cpu",
     dtype: str | None = None,
     engine: EngineSettings | None = None,
+    quantization: Kind | None = None,
 ) -> LLM:
-    """A named model or directory inside `shape`, ready to answer; nothing touches the disk. dtype: bfloat16 unless said otherwise."""
-    path = hub.resolve(str(name_or_path))
-    model = build(path, shape, device=torch.device(device), dtype=getattr(torch, dtype or "bfloat16"))
+    """A named model or directory inside `shape`, ready to answer; nothing touches the disk. dtype: bfloat16 unless said otherwise.
+
+    With quantization (on a GPU) the exact model lies in host memory and only its 8-bit matrices on the device.
+    """
+    path, target = hub.resolve(str(name_or_path)), torch.device(device)
+    exact_dtype = getattr(torch, dtype or "bfloat16")
     tokenizer = Tokenizer.from_pretrained(path) if (path / "tokenizer.json").exists() else None
-    return LLM(path, model, tokenizer, engine)
+    if quantization is None:
+        return LLM(path, build(path, shape, device=target, dtype=exact_dtype), tokenizer, engine)
+    model = build(path, shape, device=target, dtype=exact_dtype, keep_on=torch.device("cpu"))
+    return LLM(path, model, tokenizer, engine, quantized_network(model, target, quantization, engine))
 
 
-def build(path: Path, shape: Shape, *, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Transformer:
-    """The checkpoint in `path` inside `shape`. Raises CheckpointError if it does not fit."""
+def build(
+    path: Path, shape: Shape, *, device: torch.device, dtype: torch.dtype, seed: int = 0, keep_on: torch.device | None = None
+) -> Transformer:
+    """The checkpoint in `path` inside `shape`, computed on `device` a layer at a time and kept there or on `keep_on`.
+
+    Raises CheckpointError if it does not fit.
+    """
     carrier = Carrier(path, shape, device=device, dtype=dtype, seed=seed)
     with torch.device("meta"):
         model = Transformer(carrier.config)
     for part in carrier.parts():
-        model.load_state_dict(fused(part), strict=False, assign=True)
+        kept = {name: tensor.to(keep_on or device) for name, tensor in fused(part).items()}
+        model.load_state_dict(kept, strict=False, assign=True)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not left, f"the carrier made no {left}"
-    model.inv_freq = inverse_frequencies(carrier.config).to(device)
+    model.inv_freq = inverse_frequencies(carrier.config).to(keep_on or device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the making took is for the KV cache
     return model.eval().requires_grad_(False)

@@ -2,7 +2,8 @@
 
     python benchmarks/forward.py --device cuda --profile runs/forward-profile.json
     python benchmarks/forward.py --device cuda --shapes smollm2-135m --contenders static
-    python benchmarks/forward.py --device cuda --contenders static --cached 512 --variants     # how kernels should overlap
+    python benchmarks/forward.py --device cuda --contenders static --variants attention        # how attention should be cut
+    python benchmarks/forward.py --device cuda --contenders static --cached 512 --variants overlap
 
 Weights are random: a forward's time does not depend on what it says. Times are medians of many forwards with their quartiles, on a GPU
 between CUDA events with the forwards queued one behind the other, so code that the host cannot launch in time shows the host's time. The
@@ -109,16 +110,16 @@ def main() -> None:
     args = flags()
     device = torch.device(args.device)
     if args.variants and device.type != "cuda":
-        raise SystemExit("--variants overlaps kernels, which needs --device cuda")
+        raise SystemExit("--variants are of kernels, which need --device cuda")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     bandwidth = copy_bandwidth(device)
     print(json.dumps({"copy_tb_per_s": bandwidth / 1e12}), flush=True)
     runs: list[Run] = []
     profiles: list[dict[str, Any]] = []
     if args.variants:
-        import forward_overlap
+        import forward_variants
 
-        forward_overlap.compile_all({name: narrowed(CASES[name], args) for name in args.shapes}, args.quantization)
+        forward_variants.compile_all(args.variants, {name: narrowed(CASES[name], args) for name in args.shapes}, args.quantization)
     for name in args.shapes:
         case = narrowed(CASES[name], args)
         model = random_model(case.config, device, dtype)
@@ -126,7 +127,7 @@ def main() -> None:
             bench = Bench(model, cached, args.quantization)
             runs += measured(name, case, bench, args, bandwidth)
             if args.variants:
-                runs += overlapped(name, case, bench, args)
+                runs += varied(name, case, bench, args)
             if args.profile is not None:
                 profiles += [profile_of(name, bench, num_rows) for num_rows in case.widths if num_rows in PROFILED or name == "tiny"]
         del model
@@ -154,7 +155,9 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--quantization", default=None, choices=get_args(Kind), help="weights of the static forward in 8 bits (GPU)")
     parser.add_argument("--widths", nargs="+", type=int, default=None, help="new tokens of a forward; by default those of the shape")
     parser.add_argument("--cached", nargs="+", type=int, default=None, help="tokens in the cache; by default those of the shape")
-    parser.add_argument("--variants", action="store_true", help="also the static forward with its kernels overlapping in other ways (GPU)")
+    parser.add_argument(
+        "--variants", default=None, choices=["overlap", "attention"], help="also other ways to run the static forward (GPU)"
+    )
     parser.add_argument("--repeats", type=int, default=50, help="timed forwards")
     parser.add_argument("--profile", type=Path, default=None, help="JSON file for time by kernel of the static forward")
     parser.add_argument("--output", type=Path, default=harness.RESULTS / "forward.json", help="result file")
@@ -187,16 +190,16 @@ def measured(name: str, case: Case, bench: Bench, args: argparse.Namespace, band
         yield Run(label=f"{name}, {bench.cached} cached: mark", settings=settings, figures=marks)
 
 
-def overlapped(name: str, case: Case, bench: Bench, args: argparse.Namespace) -> Iterator[Run]:
-    """One run per way the kernels can overlap."""
-    import forward_overlap  # needs Triton
+def varied(name: str, case: Case, bench: Bench, args: argparse.Namespace) -> Iterator[Run]:
+    """One run per variant."""
+    import forward_variants  # needs Triton
 
     bench.network = bench.network or network_of(bench.model, bench.quantization)
-    table = forward_overlap.compare(
-        bench.network, case.widths, lambda width: milliseconds(static_forward(bench, width), bench.device, args.repeats)
+    table = forward_variants.compare(
+        args.variants, bench, case.widths, lambda width: milliseconds(static_forward(bench, width), bench.device, args.repeats)
     )
     for label, figures in table.items():
-        settings = {"shape": name, "cached_tokens": bench.cached, "overlap": label}
+        settings = {"shape": name, "cached_tokens": bench.cached, "variant": label}
         forward_ms: dict[str, Figure] = {f"forward_ms_{width}": taken for width, taken in figures.items()}
         yield Run(label=f"{name}, {bench.cached} cached: {label}", settings=settings, figures=forward_ms)
 
@@ -216,6 +219,7 @@ class Bench:
         self.model, self.config, self.device = model, model.config, model.device
         self.cached = cached
         self.quantization: Kind | None = quantization
+        self.tile_rows: int | None = None  # of forwards with several rows; None: the engine's
         self.network: FlatNetwork | None = None
         self.theirs: Any = None  # the same weights in transformers
 
@@ -262,7 +266,7 @@ def static_forward(bench: Bench, width: int) -> Forward:
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     pages = torch.arange(-(-bench.cached // PAGE_SIZE), dtype=torch.int32, device=device)[None]
     spans = Spans(zero + bench.cached, zero, zero, zero, zero + width, pages, PAGE_SIZE)
-    block = TILE_ROWS if width > 1 else LONE_TILE_ROWS
+    block = (bench.tile_rows or TILE_ROWS) if width > 1 else LONE_TILE_ROWS
     tiles = plain_tiles(spans, block, -(-width // block))
     pool, new = bench.random_cache(pages.numel() * PAGE_SIZE), KeyValues.empty(bench.config, width, device, bench.model.dtype)
     bias = torch.zeros(bench.config.vocab_size, device=device)

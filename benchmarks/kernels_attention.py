@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from refusion.model import attention_ops
-from refusion.model.kernels import launch, linear, rotary, store
+from refusion.model.kernels import launch, rotary, store
 from refusion.model.kernels.attention import Workspace, attend
 from refusion.model.kernels.attention_config import MAX_SPLITS, Config, choose_config, padded_rows, parts_at_a_time
 from refusion.model.rows import PROMPT, Rows, Spans, Tiles, plain_tiles
@@ -121,7 +121,6 @@ CASES = [
     Case(1, 2048, 0, is_prompt=True),
 ]
 TINY = Shape("tiny", 2, 2, 3, 16), [Case(1, 1, 20), Case(2, 6, 17), Case(1, 20, 0, is_prompt=True)]
-CHAINED_ROWS = (1, 32, 192)
 
 
 def main() -> None:
@@ -141,7 +140,6 @@ def main() -> None:
     others: list[dict[str, Any]] = []
     for shape in shapes:
         others += small_kernels(shape, (1, 5) if args.tiny else (1, 32, 192))
-        others += chains(shape, (1, 5) if args.tiny else CHAINED_ROWS)
     figures: list[Figure] = []
     for shape, case in work:
         if time.monotonic() > deadline:
@@ -279,12 +277,10 @@ class Batch:
             self._expected[page_size] = attention_ops.attend(self.query.double(), *new, *pages, self.rows, self.spans[page_size])
         return self._expected[page_size]
 
-    def launch(
-        self, query: Tensor, layer: int, tiles: Tiles, workspace: Workspace, variant: Variant, prefetch: Tensor | None = None
-    ) -> Tensor:
+    def launch(self, query: Tensor, layer: int, tiles: Tiles, workspace: Workspace, variant: Variant) -> Tensor:
         new, pages = (self.new_keys[layer], self.new_values[layer]), (self.keys[layer], self.values[layer])
         spans = self.spans[variant.page_size]
-        return attend(query, *new, *pages, self.rows, spans, tiles, workspace, variant.config, in_place=variant.in_place, prefetch=prefetch)
+        return attend(query, *new, *pages, self.rows, spans, tiles, workspace, variant.config, in_place=variant.in_place)
 
     def tiles(self, block: int) -> Tiles:
         return plain_tiles(self.spans[PAGE_SIZE], block, num_tiles(self.case, block))
@@ -310,40 +306,6 @@ def measure(batch: Batch, label: str, variant: Variant) -> Figure:
     finally:
         launch.set_pdl(None)
     return Figure(batch.shape.name, batch.case.name, label, variant, 1e6 * seconds, batch.bytes / seconds / 1e12, error)
-
-
-def chains(shape: Shape, row_counts: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Attention and the product that follows it, weights cold: with and without a prefetch of the weight."""
-    figures = []
-    for num_rows in row_counts:
-        case = Case(1, num_rows, 512 if device().type == "cuda" else 20)
-        width = shape.num_kv_heads * shape.num_groups * shape.head_dim
-        layers = shape.layers if device().type == "cpu" else max(8, min(200, int(BYTES_PER_GRAPH / (2 * width * width))))
-        batch = Batch(shape, case, device(), layers)
-        block = case.blocks[0]
-        tiles, workspace, variant = batch.tiles(block), batch.workspace(block), chained_variant(shape, case, batch.num_parts)
-        weights = torch.randn(layers, width, width, device=device()).to(batch.query.dtype) / width**0.5
-        residual = torch.zeros(num_rows, width, dtype=batch.query.dtype, device=device())
-
-        def forward(has_prefetch: bool, batch: Batch, weights: Tensor, place: tuple[Tiles, Workspace, Variant], residual: Tensor) -> None:
-            query = batch.query
-            for layer, weight in enumerate(weights):
-                mixed = batch.launch(query, layer, *place, weight if has_prefetch else None)
-                query = linear.linear_add(mixed, weight, residual).view_as(query)
-
-        arguments = (batch, weights, (tiles, workspace, variant), residual)
-        times = [1e6 * seconds_of(partial(forward, has_prefetch, *arguments)) / layers for has_prefetch in (False, True)]
-        figures.append({"shape": shape.name, "chain": case.name, "without": times[False], "with_prefetch": times[True]})
-        print(f"{shape.name:>5} {case.name}: attention and o_proj {times[False]:.2f} us, with prefetch {times[True]:.2f} us", flush=True)
-    return figures
-
-
-def chained_variant(shape: Shape, case: Case, num_parts: int) -> Variant:
-    """The default one, with the queries left as they are."""
-    block = case.blocks[0]
-    tile_rows = padded_rows(block, shape.num_groups)
-    config = choose_config(num_tiles(case, block), shape.num_kv_heads, tile_rows, shape.head_dim, torch.bfloat16, num_parts)
-    return Variant(block, config, in_place=False)
 
 
 def small_kernels(shape: Shape, row_counts: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -433,13 +395,11 @@ def compile_ahead(work: list[tuple[Shape, Case]], workers: int) -> None:
     """Compile what will be launched into Triton's disk cache, side by side: one at a time takes longer than all the measuring."""
     if not workers:
         return
-    jobs: dict[tuple[Shape, int, Variant, bool], None] = {}  # shape, rows, variant, is a chain
+    jobs: dict[tuple[Shape, Variant], None] = {}
     num_parts = 2 * torch.cuda.get_device_properties(0).multi_processor_count
     for shape, case in work:
         for _, variant in variants_of(shape, case, num_parts):
-            jobs[shape, variant.block, unsplit(variant), False] = None
-        if case in [Case(1, rows, 512) for rows in CHAINED_ROWS]:
-            jobs[shape, case.rows, unsplit(chained_variant(shape, case, num_parts)), True] = None
+            jobs[shape, unsplit(variant)] = None
     start = time.monotonic()
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         failed = [error for error in pool.map(compile_job, jobs) if error]
@@ -451,22 +411,17 @@ def unsplit(variant: Variant) -> Variant:
     return replace(variant, config=replace(variant.config, splits=1))
 
 
-def compile_job(job: tuple[Shape, int, Variant, bool]) -> str:
+def compile_job(job: tuple[Shape, Variant]) -> str:
     """Compile one variant without running it; an error comes back as text, for the sweep will meet it again."""
-    shape, num_rows, variant, is_chain = job
+    shape, variant = job
     launch.set_pdl(None if variant.pdl else False)
     meta = torch.device("meta")
     index = torch.empty(1, dtype=torch.int32, device=meta)
     try:
-        batch = Batch(shape, Case(1, num_rows, 512), meta, layers=1)  # only a chain asks for the true number of rows
+        batch = Batch(shape, Case(1, variant.block, 512), meta, layers=1)
         tiles, workspace = Tiles(index, index, index, variant.block), batch.workspace(variant.block)
         with launch.compile_only():
             batch.launch(batch.query, 0, tiles, workspace, variant)
-            if is_chain:
-                width = batch.query[0].numel()
-                weight, residual = (torch.empty(size, width, dtype=torch.bfloat16, device=meta) for size in (width, num_rows))
-                batch.launch(batch.query, 0, tiles, workspace, variant, weight)
-                linear.linear_add(batch.query.flatten(1), weight, residual)
     except Exception as error:
         return f"{shape.name} {variant}: {type(error).__name__}: {error}"
     return ""

@@ -3,6 +3,7 @@
 python benchmarks/kernels_linear.py                                   # check every kernel against float64; exit code 1 if one is off
 python benchmarks/kernels_linear.py --sweep --output runs/linear      # which tiles suit which product; copy tuned.json beside the kernels
 python benchmarks/kernels_linear.py --sweep --only smollm2-135m:128 qwen3-8b:1:qkv_proj    # only some of it, the table keeps the rest
+python benchmarks/kernels_linear.py --sweep --quantized int8 float8 --skip-check --output runs/linear      # 8-bit weights of qwen3-8b
 python benchmarks/kernels_linear.py --chain                           # eight layers' products with and without PDL
 python benchmarks/kernels_linear.py --compile-only                    # no GPU: registers, spills and shared memory of the chosen configs
 TRITON_INTERPRET=1 python benchmarks/kernels_linear.py --tiny --sweep --chain --output runs/linear   # dry run of all of it on a CPU
@@ -46,6 +47,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/kernels-linear"), help="directory of the sweep's files")
     parser.add_argument("--budget-seconds", type=float, default=150.0, help="of the sweep")
     parser.add_argument("--only", nargs="+", default=[], metavar="MODEL:ROWS[:PRODUCT]", help="what the sweep measures; the rest is kept")
+    parser.add_argument("--quantized", nargs="+", default=[], choices=["int8", "float8"], help="the sweep measures 8-bit weights instead")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="compile processes of the sweep")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -54,7 +56,7 @@ def main() -> int:
     device = "cpu" if args.tiny else "cuda"
     num_bad = 0 if args.skip_check else check(("tiny",) if args.tiny else MODELS, (1, 17) if args.tiny else ROWS, device, args.workers)
     if args.sweep:
-        sweeping.sweep(args.output, args.budget_seconds, args.workers, args.tiny, args.only)
+        sweeping.sweep(args.output, args.budget_seconds, args.workers, args.tiny, args.only, args.quantized)
     if args.chain:
         for model in ("tiny",) if args.tiny else MODELS:
             chain(model, (3,) if args.tiny else (1, 32, 64, 128, 192), device)
@@ -117,11 +119,11 @@ def chain(model: str, rows: tuple[int, ...], device: str) -> None:
     width = shapes[1].num_in
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        for (qkv, o, gate_up, down), (following, *_) in zip(weights, [*weights[1:], *weights[:1]], strict=True):
-            heads = linear.norm_linear(hidden, gain, EPS, qkv, prefetch=o)[:, :width]  # the query stands in for what attention returns
-            hidden = linear.linear_add(heads, o, hidden, in_place=True, prefetch=gate_up)
-            gated = linear.norm_gated(hidden, gain, EPS, gate_up, prefetch=down)
-            hidden = linear.linear_add(gated, down, hidden, in_place=True, prefetch=following)
+        for qkv, o, gate_up, down in weights:
+            heads = linear.norm_linear(hidden, gain, EPS, qkv)[:, :width]  # the query stands in for what attention returns
+            hidden = linear.linear_add(heads, o, hidden, in_place=True)
+            gated = linear.norm_gated(hidden, gain, EPS, gate_up)
+            hidden = linear.linear_add(gated, down, hidden, in_place=True)
         return hidden
 
     for num_rows in rows:

@@ -18,17 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels_linear_products import Inputs, Product, compile_for_h100, make_inputs, products, run
+from kernels_linear_products import QUANTIZED, Inputs, Product, Weight, compile_for_h100, make_inputs, products, run
 
 from refusion.model.kernels.config import TUNED, Config, cover
+from refusion.model.quantize import QuantizedWeight, quantize
 
 MAX_CANDIDATES = 18
+MAX_QUANTIZED = 12  # of a product with 8-bit weights, which are many
 SMALL_WEIGHT = 4_000_000  # numbers; a head is larger
 SHARED_LIMIT = 227 * 1024
 ROTATION = 160e6  # bytes of weights between two uses of the same one; the L2 cache of an H100 holds 50 MB
 POOL = 640_000_000  # weights in the pool, at least the largest head
 MEMORY, L2, TENSOR = 3.0e12, 5.5e12, 6e14  # bytes, bytes and operations a second an H100 reaches; only the ranking of candidates uses them
 LATENCY = 0.8e-6  # seconds until a first load arrives
+QUANTIZED_PRIORITY = tuple(("qwen3-8b", rows) for rows in (1, 32, 128, 192, 16, 64))
 PRIORITY = (
     *(("qwen3-8b", rows) for rows in (1, 32, 192, 128)),
     *(("smollm2-135m", rows) for rows in (16, 32, 64, 1)),
@@ -47,28 +50,44 @@ class Job:
     quantized: str | None = None
 
 
-def candidates(product: Product, num_rows: int, limit: int = MAX_CANDIDATES) -> list[Config]:
+def candidates(product: Product, num_rows: int, limit: int = MAX_CANDIDATES, quantized: str | None = None) -> list[Config]:
     """What won at other rows, with these row tiles, and the most promising configs by the cost model; of each row tile alike.
 
-    At most two of a family, so that a wrong model does not drop what would have won.
+    At most two of a family, so that a wrong model does not drop what would have won; of 8-bit weights, for which it leaves the conversion
+    out, one of each, and the tiles that convert with the fewest instructions in any case.
     """
     tiles = row_tiles(product, num_rows)
     kept: list[Config] = []
     for block_t, extra_t in tiles:
-        known = [replace(config, block_t=block_t, extra_t=extra_t) for config in winners(product)]
-        known = [config for config in dict.fromkeys(known) if is_sensible(product, config)][: limit // len(tiles) // 2]
-        found = [config for config in _configs(product, block_t, extra_t) if is_sensible(product, config) and config not in known]
-        for config in sorted(found, key=lambda config: estimate(product, num_rows, config)):
-            if len(known) < limit // len(tiles) and sum(_family(product, like) == _family(product, config) for like in known) < 2:
+        known = [*winners(product, quantized), *(_converting_well(product) if quantized and block_t <= 32 else ())]
+        known = [replace(config, block_t=block_t, extra_t=extra_t) for config in known]
+        known = [config for config in dict.fromkeys(known) if is_sensible(product, config, quantized)][: limit // len(tiles) // 2]
+        found = [
+            config
+            for config in _configs(product, block_t, extra_t, quantized)
+            if is_sensible(product, config, quantized) and config not in known
+        ]
+        for config in sorted(found, key=lambda config: estimate(product, num_rows, config, quantized)):
+            if len(known) < limit // len(tiles) and sum(_family(product, like) == _family(product, config) for like in known) < (
+                1 if quantized else 2
+            ):
                 known.append(config)
         kept += known
     return kept
 
 
-def winners(product: Product) -> list[Config]:
+def _converting_well(product: Product) -> Iterator[Config]:
+    """For few rows: every warp its own part of K, so that 8-bit weights reach registers in pieces of eight bytes and none twice."""
+    for block_n, block_k, num_stages, num_warps in ((32, 256, 5, 4), (64, 256, 4, 4), (32, 512, 4, 8), (64, 512, 4, 8)):
+        num_tiles, num_blocks = product.num_out // block_n, product.num_in // block_k
+        split_k = 1 if product.kind == "readout" else max(1, min(4, 264 // num_tiles, num_blocks // 4))
+        yield Config(block_n, block_k, split_k, num_stages, num_warps, 16, lanes=num_warps)
+
+
+def winners(product: Product, quantized: str | None = None) -> list[Config]:
     """Measured best configs of the product in the installed table, those of many rows first."""
     table = json.loads(TUNED.read_text())
-    entries = (table.get(product.key(rows, "bfloat16")) for rows in (256, 192, 128, 64, 32, 16, 1))
+    entries = (table.get(product.key(rows, quantized or "bfloat16")) for rows in (256, 192, 128, 64, 32, 16, 1))
     return [Config(**entry) for entry in entries if entry]
 
 
@@ -79,27 +98,33 @@ def row_tiles(product: Product, num_rows: int) -> list[tuple[int, int]]:
     return [whole, *((rows, 0) for rows in (16, 32, 64) if is_small and rows < num_rows <= 8 * rows)]
 
 
-def _configs(product: Product, block_t: int, extra_t: int) -> Iterator[Config]:
+def _configs(product: Product, block_t: int, extra_t: int, quantized: str | None = None) -> Iterator[Config]:
     has_norm, rows = product.kind != "linear_add", block_t + extra_t
+    turns = (False, True) if quantized else (False,)
     for block_n in (16, 32, 64, 128, 256):
         for block_k in (64, 128, 256, 512, 1024):
             for split_k in (1,) if product.kind == "readout" else (1, 2, 3, 4, 6, 8):
                 for num_stages in (2, 3, 4, 5, 6):  # 2: no loop, no pipeline
                     for num_warps in (4, 8):
-                        for lanes in (1, num_warps):
+                        for lanes, turned in ((1, False), (num_warps, False), (1, True)):
                             for prenorm in (False, True) if has_norm and rows >= 64 else (False,):
-                                yield Config(block_n, block_k, split_k, num_stages, num_warps, block_t, extra_t, lanes, prenorm)
+                                if turned in turns:
+                                    yield Config(block_n, block_k, split_k, num_stages, num_warps, block_t, extra_t, lanes, prenorm, turned)
 
 
-def _family(product: Product, config: Config) -> tuple[int, int, bool, bool, bool]:
-    return config.block_n, config.split_k, config.lanes > 1, config.prenorm, config.block_k < product.num_in
+def _family(product: Product, config: Config) -> tuple[int, int, bool, bool, bool, bool]:
+    return config.block_n, config.split_k, config.lanes > 1, config.prenorm, config.turned, config.block_k < product.num_in
 
 
-def is_sensible(product: Product, config: Config) -> bool:
+def is_sensible(product: Product, config: Config, quantized: str | None = None) -> bool:
     """Whether a config could win and fits the machine."""
     blocks = -(-product.num_in // config.block_k)
-    if config.lanes > 1 and (config.block_n > 32 or config.rows > 64 or config.block_k < 32 * config.lanes):
-        return False  # what wgmma can take, or too little for each warp
+    # What wgmma can take is no work for lanes, but for 8-bit weights, which reach it through registers in pieces of two bytes.
+    widest_lanes = 64 if quantized and config.rows <= 32 else 32
+    if config.lanes > 1 and (config.block_n > widest_lanes or config.rows > 64 or config.block_k < 32 * config.lanes):
+        return False  # or too little for each warp
+    if quantized and not config.turned and config.rows > 64:
+        return False
     if config.block_k >= product.num_in:  # no loop: everything passes through registers at once
         in_registers = config.block_k * (config.rows + config.block_n) // (32 * config.num_warps)
         return config.split_k == 1 and config.num_stages == 2 and in_registers <= 192 and config.block_k < 2 * product.num_in
@@ -107,7 +132,7 @@ def is_sensible(product: Product, config: Config) -> bool:
     return (
         3 <= config.num_stages <= blocks // config.split_k + 1
         and blocks >= 2 * config.split_k
-        and shared_bytes(config) <= SHARED_LIMIT
+        and shared_bytes(config, quantized) <= SHARED_LIMIT
         and accumulators <= (128 if config.rows < 128 else 192)
         and config.block_n * config.block_k >= 32 * config.num_warps * 8
         and (config.block_n >= 64 or config.rows <= 64)
@@ -117,21 +142,23 @@ def is_sensible(product: Product, config: Config) -> bool:
     )
 
 
-def shared_bytes(config: Config) -> int:
-    return config.num_stages * config.block_k * (config.block_n + config.rows) * 2
+def shared_bytes(config: Config, quantized: str | None = None) -> int:
+    stage = config.block_k * (config.block_n * (1 if quantized else 2) + 2 * config.rows)
+    return config.num_stages * stage + (2 * config.block_k * config.block_n if config.turned else 0)  # where a tile lies converted
 
 
-def estimate(product: Product, num_rows: int, config: Config) -> float:
+def estimate(product: Product, num_rows: int, config: Config, quantized: str | None = None) -> float:
     """Seconds by a roofline with waves and latency: good enough to drop what cannot win."""
     row_tiles, weight_tiles = config.tiles(num_rows, product.num_out)
     tiles = row_tiles * weight_tiles
     programs = tiles * config.split_k
     looped = config.block_k < product.num_in
-    resident = max(1, min(SHARED_LIMIT // (shared_bytes(config) + 1024) if looped else 2, 16 // config.num_warps, 8))
+    resident = max(1, min(SHARED_LIMIT // (shared_bytes(config, quantized) + 1024) if looped else 2, 16 // config.num_warps, 8))
     waves = programs / (132 * resident)
     efficiency = 1.0 if waves > 8 else min(1.0, programs / 132) if waves <= 1 else waves / -(-waves // 1)
-    in_flight = min(programs, 132 * resident) * config.block_n * config.block_k * 2 * (config.num_stages - 1.5 if looped else 1)
-    weights = product.num_out * product.num_in * 2
+    width = 1 if quantized else 2
+    in_flight = min(programs, 132 * resident) * config.block_n * config.block_k * width * (config.num_stages - 1.5 if looped else 1)
+    weights = product.num_out * product.num_in * width
     reread = (row_tiles - 1) * weights + tiles * config.rows * product.num_in * 2
     partials = (2 * programs * config.block_n * config.rows * 4) if config.split_k > 1 else 0
     padded = 2 * max(64, config.block_n) / config.block_n * product.num_out * product.num_in * config.rows * row_tiles
@@ -146,38 +173,42 @@ def estimate(product: Product, num_rows: int, config: Config) -> float:
     return max(memory, (weights + reread + partials) / L2, padded / TENSOR, chain) / efficiency + latency + extra
 
 
-def sweep(output: Path, budget: float, num_workers: int, tiny: bool, only: Sequence[str] = ()) -> int:
+def sweep(output: Path, budget: float, num_workers: int, tiny: bool, only: Sequence[str] = (), quantized: Sequence[str] = ()) -> int:
     """Measure until the budget is spent; writes tuned.json and sweep.json below `output`. Returns the exit code.
 
-    `only` names what is measured as "model:rows" or "model:rows:product"; the table keeps its other entries.
+    `only` names what is measured as "model:rows" or "model:rows:product", `quantized` the kinds of 8-bit weights that are measured
+    instead of 16-bit ones; the table keeps its other entries.
     """
     started = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
-    order = (("tiny", 3), ("tiny", 17)) if tiny else PRIORITY
+    order = (("tiny", 3), ("tiny", 17)) if tiny else QUANTIZED_PRIORITY if quantized else PRIORITY
+    limit = 2 if tiny else MAX_QUANTIZED if quantized else MAX_CANDIDATES
     groups = [
-        (product, rows, candidates(product, rows, 2 if tiny else MAX_CANDIDATES))
+        (product, rows, kind, candidates(product, rows, limit, kind))
         for model, rows in order
         for product in products(model)
+        for kind in (quantized or (None,))
         if not only or f"{model}:{rows}" in only or f"{model}:{rows}:{product.name}" in only
     ]
-    jobs = [Job(product, rows, config) for product, rows, configs in groups for config in configs]
+    jobs = [Job(product, rows, config, kind) for product, rows, kind, configs in groups for config in configs]
     pool = None if tiny else torch.randn(POOL, device="cuda", dtype=torch.bfloat16).mul_(0.02)
     log: list[dict[str, Any]] = []
-    tuned: dict[str, Any] = json.loads(TUNED.read_text()) if only else {}
+    tuned: dict[str, Any] = json.loads(TUNED.read_text()) if only or quantized else {}
     num_done = 0
     with _workers(num_workers) as workers:
         compiled = workers.imap(_compile, jobs, chunksize=2)
-        for product, rows, configs in groups:
+        for product, rows, kind, configs in groups:
             if time.perf_counter() - started > budget:
                 break
             faults = [next(compiled) for _ in configs]
             inputs = make_inputs(product, rows, "cpu" if tiny else "cuda", torch.bfloat16)
-            entries = [measure(Job(product, rows, None), inputs, pool)] if product.kind != "readout" else []
+            has_library = product.kind != "readout" and kind is None
+            entries = [measure(Job(product, rows, None), inputs, pool)] if has_library else []
             for config, fault in zip(configs, faults, strict=True):
-                job = Job(product, rows, config)
+                job = Job(product, rows, config, kind)
                 entries.append(_entry(job, error=fault) if fault else measure(job, inputs, pool))
             log += entries
-            _keep_best(product, rows, entries, tuned)
+            _keep_best(product, rows, kind, entries, tuned)
             num_done += 1
         workers.terminate()
     (output / "tuned.json").write_text(
@@ -219,13 +250,8 @@ def _compile(job: Job) -> str:
 
 def measure(job: Job, inputs: Inputs, pool: torch.Tensor | None) -> dict[str, Any]:
     """Time one candidate; a failing one becomes a log entry with an error."""
-    num_weights = job.product.num_out * job.product.num_in
-    shape = (job.product.num_out, job.product.num_in)
-    if pool is None:
-        weights = [torch.randn(shape, dtype=torch.bfloat16)]
-    else:
-        count = max(1, min(pool.numel() // num_weights, int(ROTATION / (2 * num_weights)) + 1))
-        weights = [pool[i * num_weights : (i + 1) * num_weights].view(shape) for i in range(count)]
+    num_bytes = job.product.num_out * job.product.num_in * (1 if job.quantized else 2)
+    weights = rotating_weights(job, pool)
     begin = time.perf_counter()
     try:
         run(job.product, inputs, weights[0], job.config, in_place=True)
@@ -237,7 +263,22 @@ def measure(job: Job, inputs: Inputs, pool: torch.Tensor | None) -> dict[str, An
         )
     except Exception as error:  # out of resources at launch and the like: this candidate is lost, the sweep goes on
         return _entry(job, error=f"{type(error).__name__}: {error}"[:300])
-    return _entry(job, microseconds=seconds * 1e6, terabytes_per_second=2 * num_weights / seconds / 1e12, first_call_seconds=first_call)
+    return _entry(job, microseconds=seconds * 1e6, terabytes_per_second=num_bytes / seconds / 1e12, first_call_seconds=first_call)
+
+
+def rotating_weights(job: Job, pool: torch.Tensor | None) -> list[Weight]:
+    """So many that they come from memory, cut from the pool; one random one without it."""
+    shape = (job.product.num_out, job.product.num_in)
+    if pool is None:
+        plain = torch.randn(shape, dtype=torch.bfloat16)
+        return [quantize(plain, "int8" if job.quantized == "int8" else "float8") if job.quantized else plain]
+    # Any bytes are int8 codes; as float8 those of bfloat16 numbers may be no numbers, which take as long.
+    codes = pool.view(QUANTIZED[job.quantized]) if job.quantized else pool
+    size = shape[0] * shape[1]
+    count = max(1, min(codes.numel() // size, int(ROTATION / (size * codes.element_size())) + 1))
+    found = [codes[i * size : (i + 1) * size].view(shape) for i in range(count)]
+    scale = torch.full((shape[0],), 1e-3, device=pool.device)
+    return [QuantizedWeight(weight, scale) for weight in found] if job.quantized else list(found)
 
 
 def time_calls(calls: list[Callable[[], Any]], on_gpu: bool = True) -> float:
@@ -276,13 +317,13 @@ def _entry(job: Job, **figures: Any) -> dict[str, Any]:
     config = None if job.config is None else job.config.to_dict()
     return {
         "product": f"{job.product.model} {job.product.name}",
-        "key": job.product.key(job.num_rows, "bfloat16"),
+        "key": job.product.key(job.num_rows, job.quantized or "bfloat16"),
         "config": config,
         **figures,
     }
 
 
-def _keep_best(product: Product, rows: int, entries: list[dict[str, Any]], tuned: dict[str, Any]) -> None:
+def _keep_best(product: Product, rows: int, kind: str | None, entries: list[dict[str, Any]], tuned: dict[str, Any]) -> None:
     for entry in entries:
         if "error" in entry:
             print(f"  skipped {entry['key']} {entry['config']}: {entry['error']}", file=sys.stderr)
@@ -290,9 +331,9 @@ def _keep_best(product: Product, rows: int, entries: list[dict[str, Any]], tuned
     if not measured:
         return
     best = min(measured, key=lambda entry: entry["microseconds"])
-    tuned[product.key(rows, "bfloat16")] = best["config"]
+    tuned[product.key(rows, kind or "bfloat16")] = best["config"]
     library = next((entry for entry in measured if entry["config"] is None), None)
     against = f"library {library['microseconds']:8.1f} us" if library else ""
     choice = "library" if best["config"] is None else " ".join(f"{name}={value}" for name, value in best["config"].items() if value)
     reached = f"{best['microseconds']:8.1f} us {best['terabytes_per_second']:5.2f} TB/s"
-    print(f"{product.model:13} {product.name:13} T={rows:<4} {reached}  {against}  {choice}", flush=True)
+    print(f"{product.model:13} {product.name:13} {kind or 'bfloat16':8} T={rows:<4} {reached}  {against}  {choice}", flush=True)

@@ -402,6 +402,8 @@ def test_devices_and_dtypes_that_are_not_there_are_named(tiny_model_dir: Path) -
     ):
         with pytest.raises(RequestError, match=message):
             LLM.from_pretrained(tiny_model_dir, quantization=quantization)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="batch_invariant needs a GPU; on device 'cpu' load with dtype float32"):
+        LLM.from_pretrained(tiny_model_dir, engine=EngineSettings(batch_invariant=True))
     if not torch.cuda.is_available():
         with pytest.raises(RequestError, match="no CUDA device is available"):
             LLM.from_pretrained(tiny_model_dir, device="cuda")

@@ -106,16 +106,17 @@ class LLM:
         path = hub.resolve(str(name_or_path))
         target = _device(device)
         _check_quantization(quantization, target)
+        _check_batch_invariant(engine, target, _dtype(dtype, target))
         is_whole = quantization is None
         model = Transformer.from_pretrained(path, device=str(target) if is_whole else "cpu", dtype=_dtype(dtype, target))
-        network = None if quantization is None else quantized_network(model, target, quantization)
+        network = None if quantization is None else quantized_network(model, target, quantization, engine)
         tokenizer = Tokenizer.from_pretrained(path) if (path / "tokenizer.json").exists() else None
         return cls(path, model, tokenizer, engine, network)
 
     @cached_property
     def engine(self) -> Engine:
         """Runs the requests; made when the first one comes."""
-        network = self._network or flat_network(self.model)
+        network = self._network or flat_network(self.model, self.engine_settings)
         return build_engine(network, self.engine_settings, banned_ids=self.banned_ids(), tokens_per_forward=self._tokens_per_forward)
 
     def generate(
@@ -397,6 +398,15 @@ def _check_quantization(quantization: Kind | None, device: torch.device) -> None
         raise RequestError(f"unknown quantization {quantization!r}; use {' or '.join(KINDS)}")
     if device.type != "cuda":
         raise RequestError(f"quantization {quantization!r} needs a GPU; leave it out on device {device.type!r}")
+
+
+def _check_batch_invariant(engine: EngineSettings | None, device: torch.device, dtype: torch.dtype) -> None:
+    if engine is None or not engine.batch_invariant:
+        return
+    if device.type != "cuda":
+        raise RequestError(f"batch_invariant needs a GPU; on device {device.type!r} load with dtype float32, where batches change no token")
+    if dtype == torch.float32:
+        raise RequestError("batch_invariant is for 16-bit weights; in float32 batches change no token, leave it out")
 
 
 def _progress(is_wanted: bool, title: str) -> Progress:

@@ -201,3 +201,26 @@ def test_the_script_compares_carrier_and_model(
     assert runs["logits"]["largest_added_logit"] < -1000
     if not exact:
         assert runs["refusion"]["same_answers_share"] == 1.0
+
+
+def test_quantised_weights_are_measured_against_the_exact_ones(
+    make_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, output = tmp_path / "chat.jsonl", tmp_path / "quantized.json"
+    data.write_text("".join(json.dumps({"query": f"question {i}", "response": "x"}) + "\n" for i in range(2)))
+    shape = ",".join(f"{name}={value}" for name, value in WIDER.items())
+    options = {"--model": make_llama(), "--carrier": shape, "--data": data, "--dtype": "float32", "--max-tokens": 6, "--output": output}
+    counts = ["--num-prompts", "2", "--num-tasks", "7", "--task-tokens", "6", "--models", "carrier", "--kinds", "bfloat16", "int8"]
+    argv = [*map(str, itertools.chain.from_iterable(options.items())), *counts]
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import quantized  # type: ignore[import-not-found]  # a script of the benchmarks folder
+
+    monkeypatch.setattr("sys.argv", ["quantized.py", *argv])
+    quantized.main()
+    exact, rounded = (run["figures"] for run in read_result(output)["runs"])
+    assert (exact["argmax_agreement"], exact["same_answers_refusion"]) == (1.0, 1.0)
+    assert abs(exact["kl"]) < 1e-6
+    assert 1e-6 < rounded["kl"] < 0.2
+    assert rounded["num_scored"] == exact["num_scored"] > 0
+    assert rounded["task_accuracy"]["value"] == 0.0
+    assert rounded["tokens_per_second_chat_autoregressive"] > 0

@@ -125,6 +125,10 @@ def test_in_float32_the_batch_changes_no_text(run: Run, tmp_path: Path, chat_dat
     for found in read_result(output)["runs"]:
         assert found["figures"]["num_answers"] == 4
         assert found["figures"]["same_answers"] == found["figures"]["same_prefix_share"] == 1.0
+        assert found["figures"]["tokens_per_second_together"] > 0
+    code, _, err = run("batches", "--model", tiny_model_dir, *options, "--output", output, "--batch-invariant")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "batch_invariant needs a GPU" in err
 
 
 def test_rows_with_an_answer_and_gsm8k_rows_are_judged_by_their_final_answer(run: Run, tmp_path: Path, tiny_model_dir: Path) -> None:

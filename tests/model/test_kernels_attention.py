@@ -16,9 +16,8 @@ pytest.importorskip("triton")
 
 from refusion.model import attention_ops
 from refusion.model.kernels import rotary, store
-from refusion.model.kernels.attention import Workspace, attend
+from refusion.model.kernels.attention import Workspace, attend, rotate_and_attend
 from refusion.model.kernels.attention_config import MAX_SPLITS, Config, choose_splits, padded_rows, parts_at_a_time
-from refusion.model.quantize import QuantizedWeight
 from refusion.model.rows import Tiles, plain_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,18 +155,6 @@ def test_new_rows_and_parts_may_be_taken_in_blocks_of_their_own(name: str) -> No
     assert torch.equal(found, run(forward, splits=5, block=8, columns=32, new_columns=16, merge_parts=8))
 
 
-@pytest.mark.parametrize("num_rows", [1, 40])
-def test_a_weight_fetched_meanwhile_changes_nothing(num_rows: int) -> None:
-    forward = forward_of(RAGGED)
-    weight = torch.randn(num_rows, 48, device=DEVICE)
-    expected = run(forward, splits=3, block=8)
-    assert torch.equal(run(forward, splits=3, block=8, prefetch=weight), expected)
-    quantized = QuantizedWeight(weight.to(torch.int8), torch.ones(num_rows, device=DEVICE))
-    assert torch.equal(
-        run(forward, splits=3, block=8, prefetch=quantized, in_place=True)[forward.rows.seat >= 0], expected[forward.rows.seat >= 0]
-    )
-
-
 def test_no_used_tile_leaves_only_zeros() -> None:
     forward = forward_of([Seat(5), Seat()], padding=(3, 3)).to(DEVICE)
     tiles = plain_tiles(forward.spans, 4, 2)
@@ -199,6 +186,38 @@ def test_rotation_is_that_of_the_plain_twin(num_heads: int, num_kv_heads: int, h
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("name", BATCHES)
+def test_rotation_joined_with_attention_is_both_one_after_the_other(name: str, splits: int, has_norm: bool) -> None:
+    forward = forward_of(BATCHES[name]).to(DEVICE)
+    num_rows, num_heads, head_dim = forward.query.shape
+    num_kv_heads = forward.new_keys.shape[1]
+    generator = torch.Generator().manual_seed(1)
+    qkv = torch.randn(num_rows, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator).to(DEVICE)
+    angles = 6 * torch.rand(64, head_dim // 2, generator=generator).to(DEVICE)
+    positions = torch.randint(64, (num_rows,), generator=generator).int().to(DEVICE)
+    norms = tuple((0.5 + torch.rand(2, head_dim, generator=generator)).to(DEVICE)) if has_norm else (None, None)
+    turned = (positions, angles.cos(), angles.sin(), *norms, 1e-6, num_heads, num_kv_heads, head_dim)
+    is_real = forward.rows.seat >= 0
+    new = torch.full((2, 2, num_rows, num_kv_heads, head_dim), torch.nan, device=DEVICE)
+    query = attention_ops.rotate_and_store(qkv, *turned, *new[0])
+    new[0, :, ~is_real] = torch.nan  # what nobody may see
+    context = (forward.keys, forward.values, forward.rows, forward.spans)
+    expected = attention_ops.attend(query, *new[0], *context)
+    tiles = plain_tiles(forward.spans, 8, len(forward.spans.cached) * 2 + num_rows // 8)
+    workspace = Workspace(
+        len(tiles.seat) * num_kv_heads * splits, padded_rows(8, num_heads // num_kv_heads), head_dim, torch.device(DEVICE)
+    )
+    before = qkv.clone()
+    found = rotate_and_attend(qkv, *turned, *new[1], *context, tiles, workspace, Config(splits, 16, 16, 4, 2, merge_parts=2))
+    torch.testing.assert_close(found[is_real], expected[is_real], rtol=0, atol=2e-6)
+    torch.testing.assert_close(new[1, :, is_real], new[0, :, is_real], rtol=0, atol=2e-6)
+    assert new[1, :, ~is_real].isnan().all()
+    assert torch.equal(qkv[:, num_heads * head_dim :], before[:, num_heads * head_dim :])
+    assert torch.equal(found[~is_real], before[~is_real, : num_heads * head_dim])
+
+
 @pytest.mark.parametrize("layers", [1, 4])
 def test_rows_are_stored_as_by_the_plain_twin(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "layers_of_program", lambda num_rows, num_layers: layers)
@@ -227,7 +246,6 @@ def test_real_heads_in_the_configuration_chosen_for_them(num_kv_heads: int, num_
     forward = forward_of(seats, **shape).to("cuda")
     tiles = plain_tiles(forward.spans, block, 512 // block + 8)
     workspace = Workspace.for_device(block, num_groups, head_dim, torch.device("cuda"))
-    weight = torch.zeros(4096, 4096, dtype=torch.bfloat16, device="cuda")
-    found = attend(*forward.arguments, tiles, workspace, prefetch=weight)
+    found = attend(*forward.arguments, tiles, workspace)
     torch.testing.assert_close(found.double(), dense(forward), rtol=2e-2, atol=2e-2)
     assert torch.equal(found, attend(*forward.arguments, tiles, workspace))

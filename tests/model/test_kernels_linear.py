@@ -15,8 +15,7 @@ from refusion.model import ops
 from refusion.model.kernels import launch, linear
 from refusion.model.kernels.config import SKINNY_ROWS, Config, choose_config, cover, heuristic
 from refusion.model.kernels.norms import rms_norm, silu_multiply
-from refusion.model.kernels.prefetch import LINE, slab_of
-from refusion.model.quantize import quantize
+from refusion.model.quantize import QuantizedWeight, quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -31,6 +30,8 @@ CONFIGS = {
     "lanes": Config(16, 32, 1, 2, 4, 16, lanes=2),
     "lanes, wide and split": Config(32, 64, 2, 2, 4, 32, extra_t=16, lanes=4),
     "lanes and one block": Config(16, 128, 1, 2, 4, 16, lanes=4),
+    "turned": Config(32, 16, 3, 2, 4, 16, turned=True),
+    "turned, wide and one block": Config(16, 128, 1, 2, 4, 32, extra_t=16, prenorm=True, turned=True),
     "norm first": Config(16, 32, 1, 2, 4, 16, prenorm=True),
 }
 # Both sides sum in float32, in different orders. In bfloat16 the twins round after every step, the kernels once; the interpreter cuts off.
@@ -80,7 +81,7 @@ def test_a_bias_is_added_once(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["int8", "float8"])
-@pytest.mark.parametrize("name", ["loop", "one block", "wide and split"])
+@pytest.mark.parametrize("name", ["loop", "one block", "wide and split", "turned"])
 def test_quantised_weights_are_scaled_back(name: str, kind: str, dtype: torch.dtype) -> None:
     case, config = Case(5, dtype), CONFIGS[name]
     weight = quantize(case.weight, "int8" if kind == "int8" else "float8")
@@ -99,25 +100,6 @@ def test_bfloat16_stays_within_its_roundings(name: str) -> None:
     is_close(linear.linear_add(case.x, case.weight, case.residual, config=config), ops.linear_add(case.x, case.weight, case.residual))
 
 
-@pytest.mark.parametrize("place", ["before the results are stored", "after"])
-@pytest.mark.parametrize("name", ["loop", "split", "wide and one block", "norm first", "library"])
-def test_results_do_not_depend_on_what_is_prefetched(name: str, place: str) -> None:
-    case, config = Case(17), CONFIGS.get(name)
-    x, norm, weight = case.x, case.norm, case.weight
-    after = quantize(Case(1, num_out=70, num_in=200).weight, "int8")
-    alone = (
-        linear.norm_linear(x, *norm, weight, config=config),
-        linear.norm_gated(x, *norm, weight, config=config),
-        linear.linear_add(x, weight, case.residual, config=config),
-    )
-    launch.set_overlap(launch.Overlap(prefetch_first=place != "after"))
-    for following in (weight, after):
-        assert torch.equal(linear.norm_linear(x, *norm, weight, prefetch=following, config=config), alone[0])
-        assert torch.equal(linear.norm_gated(x, *norm, weight, prefetch=following, config=config), alone[1])
-        assert torch.equal(linear.linear_add(x, weight, case.residual, prefetch=following, config=config), alone[2])
-    launch.set_overlap(None)
-
-
 @pytest.mark.parametrize("order", ["off", "early", "late"])
 def test_results_do_not_depend_on_when_the_next_kernel_starts(order: launch.Order) -> None:
     case = Case(17)
@@ -134,22 +116,6 @@ def test_a_residual_is_spared_unless_given_away(name: str) -> None:
     is_close(linear.linear_add(case.x, case.weight, case.residual, config=config), expected)
     assert torch.equal(case.residual, residual)
     is_close(linear.linear_add(case.x, case.weight, case.residual, in_place=True, config=config), expected)
-
-
-@pytest.mark.parametrize("size", [0, 1000, 100_000, 12_000_000])
-@pytest.mark.parametrize(("num_out", "num_in"), [(5, 72), (960, 576), (24576, 4096), (151936, 4096)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-def test_what_is_prefetched_lies_in_the_weight(num_out: int, num_in: int, dtype: torch.dtype, size: int) -> None:
-    launch.set_overlap(launch.Overlap(prefetch_bytes=size))
-    weight = torch.empty(num_out, num_in, dtype=dtype, device="meta")
-    slab = slab_of(weight, weight)
-    launch.set_overlap(None)
-    last = (slab.num_rows - 1) * slab.row_bytes + (slab.num_lines - 1) * LINE  # the first byte of the last line
-    assert (slab.num_lines == 0) if size == 0 else (slab.num_lines >= 1 and last < weight.nbytes)
-    if weight.nbytes <= size:
-        assert slab.num_rows * slab.num_lines * LINE >= weight.nbytes
-    elif slab.num_lines > 1:
-        assert slab.num_rows * slab.num_lines * LINE <= size
 
 
 def test_rows_may_be_a_slice_of_wider_ones() -> None:
@@ -203,6 +169,19 @@ def test_heuristic_configs_are_sound(shape: tuple[int, int], num_rows: int) -> N
     assert 1 <= config.split_k <= -(-shape[1] // config.block_k)
     assert config.num_stages >= 2
     assert config.block_k >= 16 * config.lanes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_code_of_a_float8_weight_becomes_its_number() -> None:
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+    codes = torch.where(codes.float().isnan(), torch.zeros_like(codes.float()), codes.float()).to(torch.float8_e4m3fn)
+    weight = QuantizedWeight(codes.repeat(64, 1), torch.ones(64, device="cuda"))  # [64, 256]
+    one_each = torch.eye(256, dtype=torch.bfloat16, device="cuda")
+    nothing = torch.zeros(256, 64, dtype=torch.bfloat16, device="cuda")
+    for name in ("loop", "lanes", "turned"):
+        found = linear.linear_add(one_each, weight, nothing, config=CONFIGS[name])
+        assert torch.equal(found.float(), codes.float()[:, None].expand_as(found)), name
 
 
 @pytest.mark.gpu

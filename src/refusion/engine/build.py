@@ -1,5 +1,6 @@
 """From a model and limits to an engine: how large the cache is, and which operations run."""
 
+import sys
 from collections.abc import Callable
 from functools import cache
 
@@ -16,7 +17,7 @@ from refusion.engine.ops import TritonOps
 from refusion.engine.runner import Runner
 from refusion.engine.scheduler import Limits
 from refusion.engine.settings import EngineSettings
-from refusion.engine.shapes import PROMPT_ROWS, at_least, power_of_two
+from refusion.engine.shapes import LONE_TILE_ROWS, PROMPT_ROWS, TILE_ROWS, Shape, at_least, power_of_two
 from refusion.errors import RequestError
 from refusion.model.config import ModelConfig
 from refusion.model.cpu import CpuOps
@@ -57,15 +58,18 @@ def build_engine(
         banned_ids=banned_ids,
         mask_id=network.config.mask_token_id,
         use_kernels=device.type == "cuda",
+        lone_tile_rows=TILE_ROWS if settings.batch_invariant else LONE_TILE_ROWS,
     )
     measure = cache(costs or (lambda: measured_costs(network)))
     # On a CPU the checkpoint says how many lengths pay there; measuring takes seconds, and only `auto` waits for that.
-    chooses_by_cost = device.type == "cuda" or costs is not None
-    candidates = Candidates(measure if chooses_by_cost else None, most_rows, tokens_per_forward=tokens_per_forward)
+    chooses_by_cost = (device.type == "cuda" or costs is not None) and not settings.batch_invariant
+    rows_limit = sys.maxsize if settings.batch_invariant else most_rows  # then the scheduler limits seats, not lengths
+    candidates = Candidates(measure if chooses_by_cost else None, rows_limit, tokens_per_forward=tokens_per_forward)
     return Engine(
         runner,
         Limits(num_seats, prompt_rows, most_rows),
-        prefix_caching=settings.prefix_caching,
+        prefix_caching=settings.shares_prefixes,
+        batch_invariant=settings.batch_invariant,
         auto=Auto(measure, candidates, most_rows),
         candidates=candidates,
     )
@@ -87,15 +91,16 @@ def _cache_tokens(network: FlatNetwork, settings: EngineSettings, most: int, max
     return min(most, left // each)
 
 
-def flat_network(model: Transformer) -> FlatNetwork:
-    """The model over flat rows, with the fastest operations its device has."""
-    is_cuda = model.device.type == "cuda"
-    return FlatNetwork(model, TritonOps(model.config, model.device) if is_cuda else CpuOps(model.config, model.dtype))
+def flat_network(model: Transformer, settings: EngineSettings | None = None) -> FlatNetwork:
+    """The model over flat rows, with the fastest operations its device has that do what the settings ask for."""
+    if model.device.type != "cuda":
+        return FlatNetwork(model, CpuOps(model.config, model.dtype))
+    return FlatNetwork(model, TritonOps(model.config, model.device, invariant_tiles=_invariant_tiles(settings)))
 
 
-def quantized_network(model: Transformer, device: torch.device, quantization: Kind) -> FlatNetwork:
+def quantized_network(model: Transformer, device: torch.device, quantization: Kind, settings: EngineSettings | None = None) -> FlatNetwork:
     """The same on a GPU, with its matrices in 8 bits. The model is emptied: see `moved_network`."""
-    network = moved_network(model, _QuantizedOps(model.config, device, quantization), device)
+    network = moved_network(model, _QuantizedOps(model.config, device, quantization, _invariant_tiles(settings)), device)
     torch.cuda.empty_cache()  # what the making took is for the KV cache
     return network
 
@@ -122,11 +127,19 @@ def moved_network(model: Transformer, ops: Ops, device: torch.device) -> FlatNet
     return network
 
 
+def _invariant_tiles(settings: EngineSettings | None) -> int | None:
+    """Query tiles of the largest forward, where nothing may depend on how many there are."""
+    if settings is None or not settings.batch_invariant:
+        return None
+    seats, prompt_rows = settings.seats("cuda"), at_least(PROMPT_ROWS, settings.prompt_rows("cuda"))
+    return Shape(seats, prompt_rows, max(power_of_two(settings.decode_rows("cuda")), seats), 0, TILE_ROWS).num_tiles
+
+
 class _QuantizedOps(TritonOps):
     """Quantises weights on the GPU wherever they come from, a piece at a time: the exact rows would not all fit."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, quantization: Kind) -> None:
-        super().__init__(config, device, quantization)
+    def __init__(self, config: ModelConfig, device: torch.device, quantization: Kind, invariant_tiles: int | None) -> None:
+        super().__init__(config, device, quantization, invariant_tiles=invariant_tiles)
         self.device = device
 
     def prepare(self, weight: Tensor) -> QuantizedWeight:

@@ -37,9 +37,13 @@ class News:
 class Engine:
     """Continuous batching of requests over one runner. Not thread-safe: one thread calls it."""
 
-    def __init__(self, runner: Runner, limits: Limits, *, prefix_caching: bool, auto: Auto, candidates: Candidates) -> None:
+    def __init__(
+        self, runner: Runner, limits: Limits, *, prefix_caching: bool, auto: Auto, candidates: Candidates, batch_invariant: bool = False
+    ) -> None:
         self.runner, self.auto = runner, auto
-        self.scheduler = Scheduler(runner, limits, prefix_caching=prefix_caching, choose_decoder=auto, candidates=candidates)
+        self.scheduler = Scheduler(
+            runner, limits, prefix_caching=prefix_caching, choose_decoder=auto, candidates=candidates, batch_invariant=batch_invariant
+        )
         self._under_way: tuple[Forward, Pending] | None = None
         self._unbooked: tuple[Glance, list[int]] | None = None  # and the seats of which something is to be told
         self._news: deque[News] = deque()

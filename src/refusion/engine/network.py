@@ -4,9 +4,9 @@ Plain torch operations are the reference; Triton kernels, prepacked CPU products
 functions. Nothing here depends on data: shapes are those of the given rows, so a forward can be captured in a CUDA graph.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,22 +24,15 @@ Weight = Any  # a Tensor [N, K], or what `Ops.prepare` made of one
 
 
 class Ops(Protocol):
-    """Operations of the network; `refusion.model.ops` and `refusion.model.attention_ops` say what each computes.
-
-    `prefetch` is the weight that is read next: an operation may bring it closer meanwhile, and may ignore it.
-    """
+    """Operations of the network; `refusion.model.ops` and `refusion.model.attention_ops` say what each computes."""
 
     def prepare(self, weight: Tensor) -> Weight: ...
 
-    def norm_linear(
-        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None, *, prefetch: Weight | None = None
-    ) -> Tensor: ...
+    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor: ...
 
-    def norm_gated(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, prefetch: Weight | None = None) -> Tensor: ...
+    def norm_gated(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor: ...
 
-    def linear_add(
-        self, x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None, *, prefetch: Weight | None = None
-    ) -> Tensor:
+    def linear_add(self, x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None) -> Tensor:
         """The result may take the place of `residual`."""
         ...
 
@@ -74,8 +67,6 @@ class Ops(Protocol):
         spans: Spans,
         tiles: Tiles,
         plan: Any,
-        *,
-        prefetch: Weight | None = None,
     ) -> Tensor: ...
 
     def readout(
@@ -83,6 +74,39 @@ class Ops(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 
     def store_rows(self, new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None: ...
+
+
+@runtime_checkable
+class JoinedOps(Ops, Protocol):
+    """Operations that can rotate and attend in one."""
+
+    def joins_rotation(self, num_rows: int) -> bool:
+        """Whether that is better in a forward of so many rows."""
+        ...
+
+    def rotate_and_attend(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        new_keys: Tensor,
+        new_values: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: Rows,
+        spans: Spans,
+        tiles: Tiles,
+        plan: Any,
+    ) -> Tensor:
+        """`attend` of what `rotate_and_store` returns; the result may take the place of the queries."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +123,6 @@ class LayerWeights:
     post_norm: Tensor
     gate_up: Weight
     down: Weight
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsAfter:
-    """The weight that is read next after attention and after each product of a layer."""
-
-    attention: Weight | None = None
-    output: Weight | None = None
-    gate_up: Weight | None = None
-    down: Weight | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +149,7 @@ class FlatNetwork:
     def __init__(self, model: Transformer, ops: Ops) -> None:
         """The network shares the weights of `model`, but for those that `ops.prepare` replaces."""
         self.config, self.ops = model.config, ops
-        self.is_prefetching = False  # a switch for measurements: so far the memory had no time to spare
+        self._joined_ops = ops if isinstance(ops, JoinedOps) else None
         self.device, self.dtype = model.device, model.dtype
         self.embedding = model.embed_tokens.weight
         self.layers = [_layer_weights(layer, ops.prepare) for layer in model.layers if isinstance(layer, DecoderLayer)]
@@ -153,23 +167,21 @@ class FlatNetwork:
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         eps = config.rms_norm_eps
         plan = ops.plan_attention(rows, spans, tiles)
+        joined = self._joined_ops if self._joined_ops and self._joined_ops.joins_rotation(rows.num_rows) else None
         hidden = torch.nn.functional.embedding(rows.token_ids, self.embedding)
-        for index, (layer, after) in enumerate(zip(self.layers, self._weights_after(), strict=True)):
-            qkv = ops.norm_linear(hidden, layer.input_norm, eps, layer.qkv, layer.qkv_bias)  # attention prefetches
-            keys, values = new.keys[index], new.values[index]
-            query = ops.rotate_and_store(qkv, rows.positions, self.cos, self.sin, layer.q_norm, layer.k_norm, eps, *heads, keys, values)
+        for index, layer in enumerate(self.layers):
+            qkv = ops.norm_linear(hidden, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
+            turned = rows.positions, self.cos, self.sin, layer.q_norm, layer.k_norm, eps, *heads, new.keys[index], new.values[index]
             pages = pool.keys[index], pool.values[index]
-            mixed = ops.attend(query, keys, values, *pages, rows, spans, tiles, plan, prefetch=after.attention)
-            hidden = ops.linear_add(mixed, layer.output, hidden, layer.output_bias, prefetch=after.output)
-            gated = ops.norm_gated(hidden, layer.post_norm, eps, layer.gate_up, prefetch=after.gate_up)
-            hidden = ops.linear_add(gated, layer.down, hidden, prefetch=after.down)
+            if joined is not None:
+                mixed = joined.rotate_and_attend(qkv, *turned, *pages, rows, spans, tiles, plan)
+            else:
+                query = ops.rotate_and_store(qkv, *turned)
+                mixed = ops.attend(query, new.keys[index], new.values[index], *pages, rows, spans, tiles, plan)
+            hidden = ops.linear_add(mixed, layer.output, hidden, layer.output_bias)
+            gated = ops.norm_gated(hidden, layer.post_norm, eps, layer.gate_up)
+            hidden = ops.linear_add(gated, layer.down, hidden)
         return hidden
-
-    def _weights_after(self) -> Iterator[WeightsAfter]:
-        """For each layer; none if nothing shall be prefetched."""
-        following = [*(layer.qkv for layer in self.layers[1:]), self.head]
-        for layer, down in zip(self.layers, following, strict=True):
-            yield WeightsAfter(layer.output, layer.gate_up, layer.down, down) if self.is_prefetching else WeightsAfter()
 
     @torch.no_grad()
     def readout(self, hidden: Tensor, bias_banned: Tensor, given_ids: Tensor, num_runner_ups: int = 0) -> Readout:

@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refusion.engine.shapes import TILE_ROWS
 from refusion.model import attention_ops, ops
 from refusion.model.config import ModelConfig
 from refusion.model.quantize import Kind, quantize
 from refusion.model.rows import Rows, Spans, Tiles
 
 LARGEST_TILE = 32  # rows of a query tile
+JOINED_ROWS = {64: 512, 128: 64}
+"""By head dimension: up to so many rows attention turns queries and keys itself. Above, too many tiles turn the same keys."""
 
 
 class PlainOps:
@@ -44,8 +47,6 @@ class PlainOps:
         spans: Spans,
         tiles: Tiles,
         plan: Any,
-        *,
-        prefetch: Any = None,
     ) -> Tensor:
         return attention_ops.attend(query, new_keys, new_values, keys, values, rows, spans, plan=plan)
 
@@ -53,20 +54,38 @@ class PlainOps:
 class TritonOps:
     """Kernels of `refusion.model.kernels`; with `quantization` the matrices are held in 8 bits and the activations are not."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, quantization: Kind | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, device: torch.device, quantization: Kind | None = None, *, invariant_tiles: int | None = None
+    ) -> None:
+        """invariant_tiles: with it no row depends on how many others there are, in forwards of at most so many tiles of TILE_ROWS rows."""
         # Imported here: a machine without Triton runs everything else.
         from refusion.model.kernels import attention, linear, readout, rotary, store
+        from refusion.model.kernels.attention_config import invariant_config, padded_rows
 
-        self.norm_linear, self.norm_gated = linear.norm_linear, linear.norm_gated
-        self.linear_add = partial(linear.linear_add, in_place=True)
-        self.readout, self.rotate_and_store, self.store_rows = readout.readout, rotary.rotate_and_store, store.store_rows
-        self._attend = attention.attend
         self.quantization: Kind | None = quantization
+        self.is_batch_invariant = invariant_tiles is not None
+        cut = linear.INVARIANT if self.is_batch_invariant else linear.AUTO
+        self.norm_linear, self.norm_gated = partial(linear.norm_linear, config=cut), partial(linear.norm_gated, config=cut)
+        self.linear_add = partial(linear.linear_add, in_place=True, config=cut)
+        self.readout, self.rotate_and_store = partial(readout.readout, config=cut), rotary.rotate_and_store
+        self.store_rows, self.rotate_and_attend = store.store_rows, attention.rotate_and_attend
+        self.joined_rows = 0 if self.is_batch_invariant else JOINED_ROWS.get(config.head_dim, 0)
         num_groups = config.num_attention_heads // config.num_key_value_heads
-        self.workspace = attention.Workspace.for_device(LARGEST_TILE, num_groups, config.head_dim, device)
+        if invariant_tiles is None:
+            self._attend = attention.attend
+            self.workspace = attention.Workspace.for_device(LARGEST_TILE, num_groups, config.head_dim, device)
+        else:
+            tile_rows = padded_rows(TILE_ROWS, num_groups)
+            alike = invariant_config()
+            self._attend = partial(attention.attend, config=alike)
+            num_parts = invariant_tiles * config.num_key_value_heads * alike.splits
+            self.workspace = attention.Workspace(num_parts, tile_rows, config.head_dim, device)
 
     def prepare(self, weight: Tensor) -> Any:
         return weight if self.quantization is None else quantize(weight, self.quantization)
+
+    def joins_rotation(self, num_rows: int) -> bool:
+        return num_rows <= self.joined_rows
 
     def plan_attention(self, rows: Rows, spans: Spans, tiles: Tiles) -> Any:
         return self.workspace
@@ -82,7 +101,5 @@ class TritonOps:
         spans: Spans,
         tiles: Tiles,
         plan: Any,
-        *,
-        prefetch: Any = None,
     ) -> Tensor:
-        return self._attend(query, new_keys, new_values, keys, values, rows, spans, tiles, plan, in_place=True, prefetch=prefetch)
+        return self._attend(query, new_keys, new_values, keys, values, rows, spans, tiles, plan, in_place=True)

@@ -80,10 +80,15 @@ class Runner:
         banned_ids: Tensor,
         mask_id: int | None,
         use_kernels: bool,
+        lone_tile_rows: int = LONE_TILE_ROWS,
     ) -> None:
-        """max_rows: most rows of one forward, prompt rows included. use_kernels: Triton for the decisions too (needs a GPU)."""
+        """max_rows: most rows of one forward, prompt rows included. use_kernels: Triton for the decisions too (needs a GPU).
+
+        lone_tile_rows: of a query tile where every request has one row.
+        """
         self.network, self.page_size, self.num_pages = network, page_size, num_pages
         self.max_seats, self.pages_per_seat, self.max_rows = max_seats, pages_per_seat, max_rows
+        self.lone_tile_rows = lone_tile_rows
         self.mask_id, self.banned_ids, self.use_kernels = mask_id, banned_ids, use_kernels
         self.device, self.is_cuda = network.device, network.device.type == "cuda"
         config = network.config
@@ -201,7 +206,7 @@ class Runner:
             return Shape(num_seats, num_prompt_rows, max(num_rows, 1), candidates, TILE_ROWS)
         num_prompt_rows = at_least(PROMPT_ROWS, num_prompt_rows)
         if lane.key.slots is None:
-            return Shape(num_seats, num_prompt_rows, num_seats, candidates, TILE_ROWS if num_prompt_rows else LONE_TILE_ROWS)
+            return Shape(num_seats, num_prompt_rows, num_seats, candidates, TILE_ROWS if num_prompt_rows else self.lone_tile_rows)
         rows = max(num_rows, 1)
         if num_prompt_rows:
             rows = max(rows, fewest_rows(lane.key, num_seats))
@@ -338,6 +343,14 @@ def fewest_rows(key: LaneKey, num_seats: int) -> int:
     """Decode rows of a forward with prompt rows, at least: fewer would only make more shapes."""
     assert key.slots is not None, "other lanes have a row for every seat"
     return max(num_seats // 4, 1) * key.slots.slot_size
+
+
+def most_rows(key: LaneKey, candidates: int) -> int:
+    """Rows of a seat that verifies and plans a whole block, with masks behind so many accepted lengths of every slot."""
+    assert key.slots is not None, "slots are cut in slot lanes"
+    size, width = key.slots.slot_size, key.width
+    groups = candidates * size - candidates * (candidates + 1) // 2
+    return width * (2 * size + groups) + (width - 1) * candidates
 
 
 def _parts(staging: Array, shape: Shape) -> tuple[Array, Array, Array]:

@@ -3,6 +3,9 @@
 Requests get seats in the order of their arrival while seats and pages last. Their prompts join the cache in pieces, in the same forwards
 in which the others decode. When pages run out, the youngest request is put aside, whole, and goes on later where it stopped: the oldest
 always finds room, so everybody finishes. Lanes take turns and share the pages.
+
+Batch-invariant scheduling lets nothing that others do show in the rows of a request: prompts are cut at the same places whoever shares a
+forward, and every forward has rows for all candidate lengths of all its seats.
 """
 
 from collections import OrderedDict
@@ -17,7 +20,7 @@ from refusion.engine.lanes import LaneKey
 from refusion.engine.pages import PagePool
 from refusion.engine.prefix import PrefixCache
 from refusion.engine.requests import NewRequest, Request, State, answer_room, lane_key
-from refusion.engine.runner import PromptRows, Runner
+from refusion.engine.runner import PromptRows, Runner, most_rows
 from refusion.engine.seats import Seats
 from refusion.engine.shapes import seat_bucket
 from refusion.engine.warm_up import Expected
@@ -72,8 +75,9 @@ class Scheduler:
         prefix_caching: bool,
         choose_decoder: ChooseDecoder,
         candidates: Candidates,
+        batch_invariant: bool = False,
     ) -> None:
-        self.runner, self.limits = runner, limits
+        self.runner, self.limits, self.batch_invariant = runner, limits, batch_invariant
         self.choose_decoder, self.candidates = choose_decoder, candidates
         self._full_limits = limits
         self.pool = PagePool(runner.num_pages)
@@ -88,6 +92,8 @@ class Scheduler:
 
     def check(self, new: NewRequest) -> None:
         """Raises `RequestError` if the request could never run, however empty the engine."""
+        if self.batch_invariant and new.decoder == "auto":
+            raise RequestError("decoder 'auto' goes by the load, which batch_invariant forbids; name the decoder")
         for decoder in ("refusion", "autoregressive") if new.decoder == "auto" else (new.decoder,):
             key = lane_key(new, decoder)
             num_tokens = len(new.prompt_ids) + answer_room(new, key)
@@ -98,8 +104,8 @@ class Scheduler:
                 )
             if self._seats_that_fit(key) < 1:
                 raise RequestError(
-                    f"blocks of {_block(key)} tokens need {2 * _block(key)} rows in a forward of at most {self.limits.decode_rows}; "
-                    "lower block_size or raise max_decode_rows"
+                    f"blocks of {_block(key)} tokens need {self._rows_each(key)} rows in a forward of at most {self.limits.decode_rows}; "
+                    f"lower {'block_size or max_candidates' if self.batch_invariant else 'block_size'} or raise max_decode_rows"
                 )
 
     def add(self, request: Request) -> None:
@@ -213,8 +219,13 @@ class Scheduler:
 
     def _seats_that_fit(self, key: LaneKey) -> int:
         """Seats of a lane: rows of a forward suffice even if every seat verifies and plans a whole block."""
-        rows_each = 1 if key.slots is None else 2 * _block(key)
-        return min(self.limits.num_seats, self.limits.decode_rows // rows_each)
+        return min(self.limits.num_seats, self.limits.decode_rows // self._rows_each(key))
+
+    def _rows_each(self, key: LaneKey) -> int:
+        """Most rows of a seat that cannot do with fewer candidate lengths."""
+        if key.slots is None:
+            return 1
+        return most_rows(key, key.slots.candidates() if self.batch_invariant else 0)
 
     def _decide(self) -> bool:
         """The first undecided request goes where it would be decoded fastest, once a seat there is free. False if nobody went."""
@@ -372,6 +383,8 @@ class Scheduler:
             missing = len(request.prefill_ids) - request.num_prefilled
             if missing > 0 and left > 0:
                 count = min(missing, left)
+                if self.batch_invariant and count < min(missing, self.limits.prompt_rows):
+                    return  # a piece is cut off for want of rows only where it would be in a forward of its own
                 left -= count
                 yield Piece(request, request.num_prefilled, request.num_prefilled + count)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from refusion.engine.candidates import Candidates
 from refusion.engine.lanes import LaneKey
-from refusion.engine.runner import fewest_rows
+from refusion.engine.runner import fewest_rows, most_rows
 from refusion.engine.shapes import PROMPT_ROWS, SEATS, at_least, row_bucket
 
 
@@ -61,11 +61,9 @@ def _slot_shapes(
 ) -> Iterator[WantedShape]:
     """From the fewest rows of the fewest requests, a slot each, to everything in one forward."""
     assert key.slots is not None, "slots are cut in slot lanes"
-    size, width = key.slots.slot_size, key.width
-    chosen = candidates.choose(candidates.experience(key.slots, width), seated[1])
-    groups = chosen * size - chosen * (chosen + 1) // 2
-    most_each = width * (2 * size + groups) + (width - 1) * chosen
-    most = row_bucket(min(seated[1] * most_each, load.decode_rows), num_seats, has_prompt=num_prompt > 0)
+    size = key.slots.slot_size
+    chosen = candidates.choose(candidates.experience(key.slots, key.width), seated[1])
+    most = row_bucket(min(seated[1] * most_rows(key, chosen), load.decode_rows), num_seats, has_prompt=num_prompt > 0)
     rows = fewest_rows(key, num_seats) if num_prompt else seated[0] * size
     while (bucket := row_bucket(rows, num_seats, has_prompt=num_prompt > 0)) < most:
         yield WantedShape(num_seats, bucket, num_prompt, chosen)

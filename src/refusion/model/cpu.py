@@ -66,20 +66,16 @@ class CpuOps:
             return weight
         return PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight.detach()), weight)
 
-    def norm_linear(
-        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None, *, prefetch: Weight | None = None
-    ) -> Tensor:
+    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """[T, N] = rms_norm(x) @ weight.T (+ bias)."""
         return _linear(self._norm(x, norm_weight, eps), weight, bias)
 
-    def norm_gated(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, prefetch: Weight | None = None) -> Tensor:
+    def norm_gated(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor:
         """[T, I] = silu(rms_norm(x) @ gate.T) * (rms_norm(x) @ up.T); `weight` [2I, K] holds the rows of gate, then those of up."""
         gate, up = _linear(self._norm(x, norm_weight, eps), weight).chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
-    def linear_add(
-        self, x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None, *, prefetch: Weight | None = None
-    ) -> Tensor:
+    def linear_add(self, x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None) -> Tensor:
         """[T, N] = residual + x @ weight.T (+ bias)."""
         if isinstance(weight, PackedWeight):
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight.data, bias, "add")
@@ -132,8 +128,6 @@ class CpuOps:
         spans: Spans,
         tiles: Tiles,
         plan: attention_ops.PlainPlan,
-        *,
-        prefetch: Weight | None = None,
     ) -> Tensor:
         """Attention over pages and new rows -> [T, HG * D]; a lone request with its pages in a row is spared many small operations."""
         alone = _alone(plan)

@@ -1,8 +1,7 @@
 """The dense operators of a transformer layer in plain PyTorch: what the kernels in `refusion.model.kernels` compute, step by step.
 
 They round where Hugging Face's models round (after the norm, after each product); a kernel may round later, never earlier. Weights
-are plain tensors or `QuantizedWeight`s; quantised codes are multiplied in the dtype of the activations and scaled afterwards. A kernel
-may bring the next weight, `prefetch`, to a cache meanwhile; here it is ignored.
+are plain tensors or `QuantizedWeight`s; quantised codes are multiplied in the dtype of the activations and scaled afterwards.
 """
 
 from typing import NamedTuple
@@ -35,20 +34,18 @@ def rms_norm(x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype) * norm_weight
 
 
-def norm_linear(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None, *, prefetch: Weight | None = None
-) -> Tensor:
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """[T, N] = rms_norm(x) @ weight.T (+ bias)."""
     return _linear(rms_norm(x, norm_weight, eps), weight, bias)
 
 
-def norm_gated(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, prefetch: Weight | None = None) -> Tensor:
+def norm_gated(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor:
     """[T, I] = silu(rms_norm(x) @ gate.T) * (rms_norm(x) @ up.T); `weight` [2I, K] holds the rows of gate, then those of up."""
     gate, up = _linear(rms_norm(x, norm_weight, eps), weight).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def linear_add(x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None, *, prefetch: Weight | None = None) -> Tensor:
+def linear_add(x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None) -> Tensor:
     """[T, N] = residual + x @ weight.T (+ bias)."""
     return residual + _linear(x, weight, bias)
 

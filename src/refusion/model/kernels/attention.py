@@ -10,6 +10,7 @@ from forward to forward of the same bucket.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +18,9 @@ from torch import Tensor
 from refusion.model.kernels.attention_config import Config, choose_config, next_power_of_2, padded_rows
 from refusion.model.kernels.attention_kernel import attend_kernel
 from refusion.model.kernels.launch import launch
-from refusion.model.quantize import QuantizedWeight
 from refusion.model.rows import Rows, Spans, Tiles
 
 # T = rows of the forward, N = tiles, H = key/value heads, G = query heads per key/value head, D = head dimension
-
-PREFETCH_BYTES = 24_000_000  # half of an H100's L2 cache: the other half holds the K/V, the new rows and the activations
-PREFETCH_PROGRAMS = 64  # enough to keep the memory busy, few enough to leave room for the programs that attend
-LINE = 128  # bytes
 
 
 class Workspace:
@@ -60,17 +56,83 @@ def attend(
     config: Config | None = None,
     *,
     in_place: bool = False,
-    prefetch: Tensor | QuantizedWeight | None = None,
 ) -> Tensor:
     """Attention of the queries [T, HG, D] over the committed tokens and the new rows of their seats -> [T, HG * D]; padding gives 0.
 
     `new_keys`, `new_values` [T, H, D] are this layer's new rows, `keys`, `values` [cache rows, H, D] its pages. The tiles must cover all
     rows that are not padding; the prompt rows of a seat must come in the order of their ranks. in_place: the result takes the place of
-    the queries, and padding rows keep theirs: nobody needs to look for them. prefetch: a weight the next kernels will read, brought to
-    the L2 cache meanwhile (the first of its bytes, if it is large).
+    the queries, and padding rows keep theirs: nobody needs to look for them.
 
     With programmatic dependent launch and `Config.is_eager`, the kernel launched right before may write nothing but queries and new rows.
     """
+    num_rows, num_heads, head_dim = query.shape
+    assert query.is_contiguous(), f"queries strided by {query.stride()}"
+    out = query if in_place else torch.empty_like(query)
+    _attend(query, new_keys, new_values, keys, values, out, rows, spans, tiles, workspace, config, None)
+    return out.view(num_rows, num_heads * head_dim)
+
+
+def rotate_and_attend(
+    qkv: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    new_keys: Tensor,
+    new_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Rows,
+    spans: Spans,
+    tiles: Tiles,
+    workspace: Workspace,
+    config: Config | None = None,
+) -> Tensor:
+    """`rotate_and_store` and `attend` in one launch; the result [T, HG * D] takes the place of the queries in qkv.
+
+    As there, padding rows of `new_keys` and `new_values` are not written, nor those of the result, which keep their queries.
+    """
+    assert all(tensor.is_contiguous() for tensor in (qkv, cos, sin)), "rows and tables must be contiguous"
+    assert new_keys.stride() == new_values.stride(), "keys and values must be laid out alike"
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    query, raw_keys, raw_values = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    rotation = Rotation(positions, cos, sin, q_norm, k_norm, eps, new_keys, new_values)
+    _attend(query, raw_keys, raw_values, keys, values, query, rows, spans, tiles, workspace, config, rotation)
+    return qkv[:, : num_heads * head_dim]
+
+
+class Rotation(NamedTuple):
+    """How queries and new keys are normalised and rotated, and where new rows are left."""
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    new_keys: Tensor
+    new_values: Tensor
+
+
+def _attend(
+    query: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    rows: Rows,
+    spans: Spans,
+    tiles: Tiles,
+    workspace: Workspace,
+    config: Config | None,
+    rotation: Rotation | None,
+) -> None:
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads = new_keys.shape[1]
     num_groups = num_heads // num_kv_heads
@@ -84,15 +146,11 @@ def attend(
     layouts = (keys.stride(), new_keys.stride())
     assert layouts == (values.stride(), new_values.stride()), "keys and values must be laid out alike"
     assert keys.stride(2) == new_keys.stride(2) == 1, "the numbers of a head must be neighbours"
-    assert query.is_contiguous(), f"queries strided by {query.stride()}"
-    weight = prefetch.data if isinstance(prefetch, QuantizedWeight) else prefetch
-    has_prefetch = weight is not None and num_parts <= workspace.num_parts  # once attention alone fills the GPU, the memory is not idle
-    num_slices = -(-PREFETCH_PROGRAMS // (num_tiles * num_kv_heads)) if has_prefetch else 0
-    flat = query.view(num_rows, num_heads * head_dim)
-    out = flat if in_place else torch.empty_like(flat)
+    assert query.stride() == out.stride(), f"queries strided by {query.stride()}, results by {out.stride()}"
+    kept = rotation or Rotation(rows.positions, query, query, None, None, 0.0, new_keys, new_values)
     launch(
         attend_kernel,
-        (num_tiles, num_kv_heads, config.splits + num_slices),
+        (num_tiles, num_kv_heads, config.splits),
         query,
         new_keys,
         new_values,
@@ -118,8 +176,13 @@ def attend(
         workspace.best,
         workspace.total,
         workspace.arrived,
-        weight if has_prefetch else None,
-        min(weight.nbytes, PREFETCH_BYTES) // LINE if has_prefetch and weight is not None else 0,
+        kept.positions,
+        kept.cos,
+        kept.sin,
+        query if kept.q_norm is None else kept.q_norm,
+        query if kept.k_norm is None else kept.k_norm,
+        kept.new_keys,
+        kept.new_values,
         config.splits,
         num_rows,
         math.log2(math.e) / math.sqrt(head_dim),
@@ -129,6 +192,10 @@ def attend(
         keys.stride(1),
         new_keys.stride(0),
         new_keys.stride(1),
+        query.stride(0),
+        kept.new_keys.stride(0),
+        kept.new_keys.stride(1),
+        kept.eps,
         PAGE=spans.page_size,
         BLOCK=tiles.block,
         G=num_groups,
@@ -138,11 +205,11 @@ def attend(
         C=config.columns,
         NEW=config.new_columns,
         PARTS=config.merge_parts,
-        CLEAR=not in_place,
+        CLEAR=out is not query,
         EAGER=config.is_eager,
         LATE=config.is_late,
-        HAS_PREFETCH=has_prefetch,
+        ROTATES=rotation is not None,
+        HAS_NORM=kept.q_norm is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out

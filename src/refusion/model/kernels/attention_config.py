@@ -1,11 +1,13 @@
 """How the attention kernel is cut and compiled for a shape. Shapes alone decide: what a graph was captured with fits every content."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 # Q = block * G: query rows of a tile, padded; D = head dimension
 
+INVARIANT_SPLITS = 4  # enough for some thousand cached tokens; the workspace of a large batch grows with it
 MAX_SPLITS = 32  # more parts than this cost the merging program more than their readers save
 
 
@@ -30,17 +32,42 @@ class Config:
     """Let the next kernel start when the columns are done instead of right at the beginning."""
 
 
+Changes = Mapping[str, int | bool]
+"""Fields of `Config`."""
+_changes: Changes = {}
+
+
+def set_changes(changes: Changes) -> None:
+    """For measurements: what `choose_config` returns otherwise than it would, `splits` at most. Graphs captured before keep theirs."""
+    global _changes
+    _changes = dict(changes)
+
+
 def choose_config(num_tiles: int, num_kv_heads: int, tile_rows: int, head_dim: int, dtype: torch.dtype, num_parts: int) -> Config:
     """The configuration for so many tiles of `tile_rows` = Q query rows; `num_parts` is what the workspace has room for."""
+    config = _chosen(num_tiles, num_kv_heads, tile_rows, head_dim, dtype, num_parts)
+    if not _changes:
+        return config
+    return replace(config, **{**_changes, "splits": min(config.splits, int(_changes.get("splits", config.splits)))})
+
+
+def _chosen(num_tiles: int, num_kv_heads: int, tile_rows: int, head_dim: int, dtype: torch.dtype, num_parts: int) -> Config:
     splits = choose_splits(num_tiles, num_kv_heads, num_parts)
     if dtype.itemsize > 2:  # exact float32 products take their operands through registers
         return Config(splits, columns=32, new_columns=32, num_warps=8, num_stages=2)
-    is_crowded = num_tiles * num_kv_heads * splits > num_parts // 2  # two programs of a multiprocessor share its memory
-    num_warps = 8 if tile_rows > 64 or (tile_rows <= 16 and head_dim > 64 and splits > 1) else 4
-    columns = 64 if is_crowded or (head_dim <= 64 and tile_rows > 16) else 128
-    new_columns = 16 if tile_rows <= 16 else 64  # tiles that small are those of seats with a row or few
+    num_programs = num_tiles * num_kv_heads * splits
+    is_crowded = num_programs > num_parts // 2  # two programs of a multiprocessor share its memory
+    # Eight warps and few columns need the fewest instructions (a third, for 64 rows of 128): what short contexts are paid by.
+    num_warps = 4 if is_crowded and 16 < tile_rows <= 64 else 8
+    columns = 64 if is_crowded or tile_rows > 16 else 128
+    new_columns = 16 if tile_rows <= 16 else 32 if splits > 1 else 64  # tiles that small are those of seats with a row or few
     num_stages = 3 if is_crowded and tile_rows > 64 else 2
     return Config(splits, columns, new_columns, num_warps, num_stages, parts_at_a_time(tile_rows, head_dim, num_warps))
+
+
+def invariant_config() -> Config:
+    """One for all shapes: the parts of a tile then follow from the spans of its own seat alone."""
+    return Config(INVARIANT_SPLITS, columns=64, new_columns=32, num_warps=8, num_stages=2, merge_parts=2)
 
 
 def choose_splits(num_tiles: int, num_kv_heads: int, num_parts: int) -> int:

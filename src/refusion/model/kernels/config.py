@@ -41,6 +41,7 @@ class Config:
     extra_t: int = 0  # rows of a second accumulator, 0 = none: 192 rows are 128 + 64, where one power of two would waste a quarter
     lanes: int = 1  # parts of a block of K multiplied side by side, one a warp; for small tiles, up to num_warps
     prenorm: bool = False  # normalise x in a kernel of its own first, instead of inside the loop of every program
+    turned: bool = False  # x as the left operand: 8-bit weights then reach the tensor cores through shared memory, not registers
 
     @property
     def rows(self) -> int:
@@ -70,7 +71,8 @@ def heuristic(num_out: int, num_in: int, num_rows: int, kind: Kind, dtype: str) 
     """A sound choice for any shape, without measurements."""
     block_t, extra_t = cover(num_rows)
     rows = block_t + extra_t
-    most = 64 if rows <= 64 else 128
+    is_quantized = WIDTHS[dtype] == 1
+    most = 32 if is_quantized and rows <= 32 else 64 if rows <= 64 else 128  # narrow ones for lanes: see `Config.turned` for why not wgmma
     block_n = next((size for size in (128, 64, 32) if size <= most and num_out // size >= NUM_PROGRAMS - 4), 16)
     if rows > 64:
         block_n = max(block_n, 64)  # below, the tensor cores of Hopper cannot be used through wgmma
@@ -86,7 +88,25 @@ def heuristic(num_out: int, num_in: int, num_rows: int, kind: Kind, dtype: str) 
     num_stages = max(2, min(5, SHARED_BYTES // stage))
     num_warps = 8 if is_whole or block_n * rows >= 128 * 128 else 4
     lanes = num_warps if block_n <= 32 and rows <= 32 and block_k >= 32 * num_warps else 1
-    return Config(block_n, block_k, split_k, num_stages, num_warps, block_t, extra_t, lanes, prenorm=rows > 64)
+    return Config(
+        block_n, block_k, split_k, num_stages, num_warps, block_t, extra_t, lanes, prenorm=rows > 64, turned=is_quantized and rows > 64
+    )
+
+
+def invariant_config(num_out: int, num_in: int, num_rows: int, kind: Kind) -> Config:
+    """Tiles with which a row of the result does not depend, bit for bit, on `num_rows`; for weights of at most 16 bits.
+
+    What decides how a sum over K is rounded is the same for all numbers of rows: split_k, the blocks that the parts take in turn, one
+    lane, and the tensor core instruction (warp groups from 64 weight rows on, single warps below). block_t only says how many columns an
+    instruction has. Norms are taken before, by a program a row. A readout also sums over its tile of the vocabulary, in an order that
+    hangs on the layout of the tile, so its tiles are all alike.
+    """
+    is_small = num_out < 64 * 48  # there would be too few tiles of 64
+    block_n, block_k = 16 if is_small else 64, min(64, next_power(num_in))
+    tiles, blocks = -(-num_out // block_n), -(-num_in // block_k)
+    split_k = 1 if kind == "readout" else max(1, min(8, 2 * NUM_PROGRAMS // tiles, blocks // 4))
+    block_t = 64 if kind == "readout" else min(64 if is_small else 128, next_power(num_rows))
+    return Config(block_n, block_k, split_k, 4 if block_t > 64 else 5, 4, block_t, prenorm=True)
 
 
 def cover(num_rows: int) -> tuple[int, int]:

@@ -24,7 +24,7 @@ Order = Literal["off", "early", "late"]
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """What a product does for the kernel after it, by measurement; results do not depend on it."""
+    """When the kernel after a product may start, by measurement; results do not depend on it."""
 
     small: Order = "late"
     """Weights of a few megabytes: everything is latency, so the next kernel should stand ready."""
@@ -32,10 +32,6 @@ class Overlap:
     """Larger ones: a kernel that stands ready early takes room and memory traffic from the one that runs."""
     large_bytes: int = 16_000_000
     """From here on a weight is large."""
-    prefetch_bytes: int = 0
-    """Of the next weight, brought to the L2 cache; 0 = none. An H100's has 50 MB, but may hold a line twice."""
-    prefetch_first: bool = False
-    """Ask before the results are stored, instead of after: the memory idles less, and the stores stand in line."""
 
     def order(self, num_bytes: int) -> Order:
         """Of a product with a weight of so many bytes."""

@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refusion.model.kernels.config import Config, Kind, choose_config
+from refusion.model.kernels.config import Config, Kind, choose_config, invariant_config
 from refusion.model.kernels.launch import NUM_COUNTERS, counters, launch, overlap
 from refusion.model.kernels.norms import rms_norm, silu_multiply
-from refusion.model.kernels.prefetch import prefetch_share, slab_of
 from refusion.model.kernels.stream import release, stream
 from refusion.model.quantize import QuantizedWeight
 
@@ -26,6 +25,9 @@ Weight = Tensor | QuantizedWeight
 
 AUTO = Config(0, 0, 0, 0, 0, 0)
 """Stands for `choose_config`; a benchmark names a config of its own, or None for the library."""
+
+INVARIANT = Config(-1, 0, 0, 0, 0, 0)
+"""Stands for `invariant_config`: a row of the result does not depend, bit for bit, on how many rows there are."""
 
 _DTYPES = {
     torch.int8: "int8",
@@ -43,25 +45,21 @@ def norm_linear(
     weight: Weight,
     bias: Tensor | None = None,
     *,
-    prefetch: Weight | None = None,
     config: Config | None = AUTO,
 ) -> Tensor:
-    """[T, N] = rms_norm(x) @ weight.T (+ bias). `prefetch` is the weight of the next product, here and below."""
+    """[T, N] = rms_norm(x) @ weight.T (+ bias)."""
     config = resolve(config, x, weight, "norm_linear")
     if config is None:
-        return F.linear(rms_norm(x, norm_weight, eps, prefetch=weight), as_plain(weight), bias)
-    return _run(x, weight, config, norm=(norm_weight, eps), bias=bias, prefetch=prefetch)
+        return F.linear(rms_norm(x, norm_weight, eps), as_plain(weight), bias)
+    return _run(x, weight, config, norm=(norm_weight, eps), bias=bias)
 
 
-def norm_gated(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, prefetch: Weight | None = None, config: Config | None = AUTO
-) -> Tensor:
+def norm_gated(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, config: Config | None = AUTO) -> Tensor:
     """[T, I] = silu(rms_norm(x) @ gate.T) * (rms_norm(x) @ up.T); `weight` [2I, K] holds the rows of gate, then those of up."""
     config = resolve(config, x, weight, "norm_gated")
     if config is None:
-        gate_up = F.linear(rms_norm(x, norm_weight, eps, prefetch=weight), as_plain(weight))
-        return silu_multiply(gate_up, prefetch=prefetch)
-    return _run(x, weight, config, norm=(norm_weight, eps), is_gated=True, prefetch=prefetch)
+        return silu_multiply(F.linear(rms_norm(x, norm_weight, eps), as_plain(weight)))
+    return _run(x, weight, config, norm=(norm_weight, eps), is_gated=True)
 
 
 def linear_add(
@@ -71,13 +69,12 @@ def linear_add(
     bias: Tensor | None = None,
     *,
     in_place: bool = False,
-    prefetch: Weight | None = None,
     config: Config | None = AUTO,
 ) -> Tensor:
     """[T, N] = residual + x @ weight.T (+ bias). in_place: the result may take the place of the residual, which spares a copy of it."""
     config = resolve(config, x, weight, "linear_add")
     if config is not None:
-        return _run(x, weight, config, residual=residual, bias=bias, prefetch=prefetch)
+        return _run(x, weight, config, residual=residual, bias=bias)
     plain = as_plain(weight)
     if bias is not None:
         return F.linear(x, plain, bias).add_(residual)
@@ -86,9 +83,11 @@ def linear_add(
 
 
 def resolve(config: Config | None, x: Tensor, weight: Weight, kind: Kind) -> Config | None:
-    """The config to use: the one given, or for AUTO the chosen one."""
+    """The config to use: the one given, or for AUTO and INVARIANT the chosen one."""
     assert x.shape[1] == weight.shape[1], f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}"
     assert x.stride(1) == 1, f"rows of x must be contiguous, not strided by {x.stride()}"
+    if config is INVARIANT:
+        return invariant_config(weight.shape[0], weight.shape[1], x.shape[0], kind)
     if config is not AUTO:
         return config
     data = weight.data if isinstance(weight, QuantizedWeight) else weight
@@ -123,10 +122,9 @@ def _run(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     is_gated: bool = False,
-    prefetch: Weight | None = None,
 ) -> Tensor:
     if norm is not None and config.prenorm:
-        x, norm = rms_norm(x, *norm, prefetch=weight), None
+        x, norm = rms_norm(x, *norm), None
     data, scale = operand(weight)
     (num_rows, num_in), num_out = x.shape, data.shape[0]
     assert config.split_k == 1 or config.block_k < num_in, f"one block of {num_in} columns cannot be split: {config}"
@@ -135,7 +133,7 @@ def _run(
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     partials, arrivals = (out, out) if config.split_k == 1 else _workspace(x, tiles, config)
     norm_weight, eps = norm or (x, 0.0)
-    slab, order = slab_of(prefetch, x), overlap().order(data.nbytes)
+    order = overlap().order(data.nbytes)
     launch(
         linear_kernel,
         (*tiles, config.split_k),
@@ -152,7 +150,6 @@ def _run(
         x.stride(0),
         0 if residual is None else residual.stride(0),
         eps,
-        *slab,
         N=num_out,
         K=num_in,
         HAS_NORM=norm is not None,
@@ -166,10 +163,9 @@ def _run(
         BLOCK_K=config.block_k,
         SPLIT_K=config.split_k,
         LANES=config.lanes,
+        TURNED=config.turned,
         NUM_STAGES=config.num_stages,
         LATE=order == "late",
-        HAS_PREFETCH=slab.num_lines > 0,
-        PREFETCH_FIRST=overlap().prefetch_first,
         is_dependent=order != "off",
         num_stages=config.num_stages,
         num_warps=config.num_warps,
@@ -185,7 +181,7 @@ def _workspace(x: Tensor, tiles: tuple[int, int], config: Config) -> tuple[Tenso
     return torch.empty(size, dtype=torch.float32, device=x.device), counters(x.device)
 
 
-@triton.jit(do_not_specialize=["num_rows", "next_rows", "next_lines", "next_row_bytes"])
+@triton.jit(do_not_specialize=["num_rows"])
 def linear_kernel(
     x,
     weight,
@@ -200,10 +196,6 @@ def linear_kernel(
     x_stride,
     residual_stride,
     eps,
-    next_weight,
-    next_rows,
-    next_lines,
-    next_row_bytes,
     N: tl.constexpr,
     K: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -217,10 +209,9 @@ def linear_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     LANES: tl.constexpr,
+    TURNED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     LATE: tl.constexpr,
-    HAS_PREFETCH: tl.constexpr,
-    PREFETCH_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # Row tiles run fastest: the programs that share weights run together, so only the first of them reads the weights from memory.
@@ -251,15 +242,12 @@ def linear_kernel(
         BLOCK_K,
         SPLIT_K,
         LANES,
+        TURNED,
         NUM_STAGES,
         PDL,
         LATE,
     )
     release(PDL, LATE)
-    program = (part * tl.num_programs(1) + tile_n) * tl.num_programs(0) + tl.program_id(0)
-    num_programs = tl.num_programs(0) * tl.num_programs(1) * SPLIT_K
-    if HAS_PREFETCH and PREFETCH_FIRST:
-        prefetch_share(next_weight, next_rows, next_lines, next_row_bytes, program, num_programs, 256)
     owes_norm: tl.constexpr = HAS_NORM and K > BLOCK_K
     if SPLIT_K > 1:
         tile = tl.program_id(0) * tl.num_programs(1) + tile_n
@@ -284,8 +272,6 @@ def linear_kernel(
         if EXTRA_T > 0:
             finish(extra, extra_squares, first_row + BLOCK_T, weight_rows, tile_n, scale, bias, residual, out, num_rows, residual_stride,
                    eps, N, K, owes_norm, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, EXTRA_T, BLOCK_N)  # fmt: skip
-    if HAS_PREFETCH and not PREFETCH_FIRST:
-        prefetch_share(next_weight, next_rows, next_lines, next_row_bytes, program, num_programs, 256)
 
 
 @triton.jit

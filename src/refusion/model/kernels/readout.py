@@ -39,7 +39,7 @@ def readout(
     assert config is not None, "the library has no fused readout"
     assert config.split_k == 1, f"a readout reduces whole logits, not those of {config}"
     if config.prenorm:
-        x = rms_norm(x, norm_weight, eps, prefetch=weight)
+        x = rms_norm(x, norm_weight, eps)
     data, scale = operand(weight)
     (num_rows, num_in), vocabulary = x.shape, data.shape[0]
     tiles = config.tiles(num_rows, vocabulary)
@@ -74,6 +74,7 @@ def readout(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         LANES=config.lanes,
+        TURNED=config.turned,
         NUM_STAGES=config.num_stages,
         LATE=order == "late",
         is_dependent=order != "off",
@@ -137,6 +138,7 @@ def readout_tiles_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LANES: tl.constexpr,
+    TURNED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     LATE: tl.constexpr,
     PDL: tl.constexpr,
@@ -147,7 +149,7 @@ def readout_tiles_kernel(
     weight_rows = tl.minimum(tokens, V - 1)
     acc, extra, squares, extra_squares = stream(  # pyright: ignore[reportGeneralTypeIssues]: a call inside a kernel, not Python's
         x, x_stride, num_rows, first_row, weight, weight_rows, norm_weight, eps, 0,
-        K, HAS_NORM, BLOCK_T, EXTRA_T, BLOCK_N, BLOCK_K, 1, LANES, NUM_STAGES, PDL, LATE,
+        K, HAS_NORM, BLOCK_T, EXTRA_T, BLOCK_N, BLOCK_K, 1, LANES, TURNED, NUM_STAGES, PDL, LATE,
     )  # fmt: skip
     release(PDL, LATE)
     owes_norm: tl.constexpr = HAS_NORM and K > BLOCK_K

@@ -1,15 +1,15 @@
 """The loop all dense kernels share: a tile of weights streamed once past all rows of x, with the RMS norm of x on the way.
 
 Weights are the left operand, so that 64 or more of them feed Hopper's warp-group instructions however few the rows are; accumulators
-are [weights, rows] and turned round where they are stored. What becomes of the products is the caller's epilogue.
+are [weights, rows] and turned round where they are stored. With many rows of 8-bit weights it can be the other way round: a left operand
+that is computed passes through registers in pieces of two bytes, a right one is converted in wide pieces and lies in shared memory.
+What becomes of the products is the caller's epilogue.
 """
 
 import triton
 import triton.language as tl
 from triton import knobs
 from triton.language.extra import cuda
-
-from refusion.model.kernels.prefetch import ask
 
 # T = rows of x in a tile, E = rows of the second accumulator (0 = none), N = weight rows of a tile, K = in features
 
@@ -36,6 +36,7 @@ def stream(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     LANES: tl.constexpr,
+    TURNED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     PDL: tl.constexpr,
     LATE: tl.constexpr,
@@ -49,8 +50,8 @@ def stream(
     With LANES > 1 a block of K is cut into as many parts side by side, a leading axis of every tile: each warp multiplies its own part, so
     a small tile keeps all warps busy and the chain of dependent tensor core instructions is that much shorter. Added up at the end.
 
-    The parts of a split K take turns at its blocks, so all of them begin in the first columns: those that were prefetched. With LATE the
-    next kernel may start when the loop is done, otherwise as soon as this one has begun.
+    The parts of a split K take turns at its blocks. With LATE the next kernel may start when the loop is done, otherwise as soon as this
+    one has begun.
     """
     columns = tl.arange(0, BLOCK_K // LANES)
     if LANES > 1:
@@ -62,11 +63,11 @@ def stream(
         wait(PDL, LATE)
         gains = tl.load(norm_weight + columns, mask=columns < K, other=0.0) if HAS_NORM else columns
         rows = normed_rows(x, x_stride, num_rows, first_row, columns, gains, eps, K, HAS_NORM, LANES, BLOCK_T)
-        acc = add_lanes(multiply(codes, rows, zeros(LANES, BLOCK_N, BLOCK_T)), LANES)
+        acc = settle_sums(multiply(codes, rows, zeros(LANES, TURNED, BLOCK_N, BLOCK_T), TURNED), LANES, TURNED)
         squares = tl.zeros([BLOCK_T], dtype=tl.float32)
         if EXTRA_T > 0:
             extra_rows = normed_rows(x, x_stride, num_rows, first_row + BLOCK_T, columns, gains, eps, K, HAS_NORM, LANES, EXTRA_T)
-            extra = add_lanes(multiply(codes, extra_rows, zeros(LANES, BLOCK_N, EXTRA_T)), LANES)
+            extra = settle_sums(multiply(codes, extra_rows, zeros(LANES, TURNED, BLOCK_N, EXTRA_T), TURNED), LANES, TURNED)
             return acc, extra, squares, tl.zeros([EXTRA_T], dtype=tl.float32)
         else:
             return acc, acc, squares, squares
@@ -79,10 +80,10 @@ def stream(
         if PDL:
             prefetch(weight, weight_rows, begin, K, BLOCK_K, stride, NUM_STAGES if num_blocks > NUM_STAGES else num_blocks)
         wait(PDL, LATE)
-        acc = zeros(LANES, BLOCK_N, BLOCK_T)
+        acc = zeros(LANES, TURNED, BLOCK_N, BLOCK_T)
         squares = tl.zeros([LANES, BLOCK_T] if LANES > 1 else [BLOCK_T], dtype=tl.float32)
         if EXTRA_T > 0:
-            extra = zeros(LANES, BLOCK_N, EXTRA_T)
+            extra = zeros(LANES, TURNED, BLOCK_N, EXTRA_T)
             extra_squares = tl.zeros([LANES, EXTRA_T] if LANES > 1 else [EXTRA_T], dtype=tl.float32)
         if HAS_NORM:
             next_gains = load_gains(norm_weight, begin + columns, K)
@@ -104,22 +105,34 @@ def stream(
                 if EXTRA_T > 0:
                     extra_squares += sum_of_squares(extra_rows)
                     extra_rows = scale_columns(extra_rows, gains)
-            acc = multiply(codes, rows, acc)
+            acc = multiply(codes, rows, acc, TURNED)
             if EXTRA_T > 0:
-                extra = multiply(codes, extra_rows, extra)
-        acc, squares = add_lanes(acc, LANES), add_lanes(squares, LANES)
+                extra = multiply(codes, extra_rows, extra, TURNED)
+        acc, squares = settle_sums(acc, LANES, TURNED), add_lanes(squares, LANES)
         if EXTRA_T > 0:
-            return acc, add_lanes(extra, LANES), squares, add_lanes(extra_squares, LANES)
+            return acc, settle_sums(extra, LANES, TURNED), squares, add_lanes(extra_squares, LANES)
         else:
             return acc, acc, squares, squares
 
 
 @triton.jit
-def zeros(LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def zeros(LANES: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    tl.static_assert(LANES == 1 or not TURNED)
     if LANES > 1:
         return tl.zeros([LANES, ROWS, COLUMNS], dtype=tl.float32)
+    elif TURNED:
+        return tl.zeros([COLUMNS, ROWS], dtype=tl.float32)
     else:
         return tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+
+
+@triton.jit
+def settle_sums(sums, LANES: tl.constexpr, TURNED: tl.constexpr):
+    """[weights, rows] of what was summed up."""
+    if TURNED:
+        return tl.trans(sums)
+    else:
+        return add_lanes(sums, LANES)
 
 
 @triton.jit
@@ -154,6 +167,13 @@ def prefetch(weight, weight_rows, begin, K: tl.constexpr, BLOCK_K: tl.constexpr,
     line = tl.arange(0, triton.next_power_of_2(NUM_BLOCKS * per_block))
     columns = tl.minimum(begin + line // per_block * STRIDE + line % per_block * elements, K - 1)
     ask((weight + weight_rows.to(tl.int64)[:, None] * K + columns[None, :]).to(tl.int64))
+
+
+@triton.jit
+def ask(addresses):
+    """Ask the L2 cache for the lines at these addresses, int64: nothing is loaded, so nobody waits."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -196,10 +216,46 @@ def scale_columns(rows, gains):
 
 
 @triton.jit
-def multiply(codes, rows, acc):
-    """acc + codes @ rows.T; quantised codes take the dtype of the rows in registers."""
+def multiply(codes, rows, acc, TURNED: tl.constexpr):
+    """acc + codes @ rows.T, or the other way round; quantised codes take the dtype of the rows in registers."""
     if INTERPRETED:
         codes, rows = codes.to(tl.float32), rows.to(tl.float32)
+    elif codes.dtype == tl.float8e4nv and rows.dtype == tl.bfloat16:
+        codes = bfloat16_of_float8(codes)
     else:
         codes = codes.to(rows.dtype)
-    return tl.dot(codes, tl.trans(rows), acc, input_precision="ieee")
+    if TURNED:
+        return tl.dot(rows, tl.trans(codes), acc, input_precision="ieee")
+    else:
+        return tl.dot(codes, tl.trans(rows), acc, input_precision="ieee")
+
+
+@triton.jit
+def bfloat16_of_float8(codes):
+    """Exactly, four numbers at a time: the conversions of the hardware, one number at a time, are slower than the memory.
+
+    Sign, exponent and fraction move to their places in a bfloat16, whose exponent counts from 127 instead of 7: hence 2**120, 0x7b80.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 low, high, moved, scale;
+        mov.b32 scale, 0x7b807b80;
+        prmt.b32 low, $2, 0, 0x1404;
+        prmt.b32 high, $2, 0, 0x3424;
+        shr.u32 moved, low, 4;
+        and.b32 moved, moved, 0x07f007f0;
+        lop3.b32 low, low, 0x80008000, moved, 0xea;
+        shr.u32 moved, high, 4;
+        and.b32 moved, moved, 0x07f007f0;
+        lop3.b32 high, high, 0x80008000, moved, 0xea;
+        mul.rn.bf16x2 $0, low, scale;
+        mul.rn.bf16x2 $1, high, scale;
+        }
+        """,
+        "=r,=r,r",
+        [codes],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )

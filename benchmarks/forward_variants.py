@@ -1,0 +1,146 @@
+"""Other ways to run the static forward: when the next kernel may start, and how attention is cut.
+
+`forward.py --variants overlap` or `--variants attention` runs this; kernels of all variants are compiled first, in parallel processes. A
+variant changes no result but its roundings.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from kernels_linear_products import compiling_for_h100
+
+from refusion.model.kernels import attention, launch
+from refusion.model.kernels.attention_config import Changes, padded_rows, set_changes
+from refusion.model.kernels.launch import Overlap
+
+H100_PROCESSORS = 132
+KINDS = ("overlap", "attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A way to run a forward."""
+
+    label: str
+    use_pdl: bool = True
+    overlap: Overlap | None = None
+    joined_rows: int | None = None
+    """Up to so many rows attention turns queries and keys itself; None: what the operations choose."""
+    tile_rows: int | None = None
+    """Rows of a query tile, of forwards with several rows; None: what the engine takes."""
+    changes: Changes = field(default_factory=dict)
+    """Of the attention's config."""
+
+    @contextmanager
+    def applied(self, bench: Any) -> Iterator[None]:
+        """Inside, forwards of a `forward.Bench` are launched (and captured) this way."""
+        launch.set_pdl(self.use_pdl)
+        launch.set_overlap(self.overlap)
+        set_changes(self.changes)
+        ops = bench.network.ops
+        before = ops.joined_rows
+        ops.joined_rows, bench.tile_rows = before if self.joined_rows is None else self.joined_rows, self.tile_rows
+        try:
+            yield
+        finally:
+            launch.set_pdl(None)
+            launch.set_overlap(None)
+            set_changes({})
+            ops.joined_rows, bench.tile_rows = before, None
+
+
+def variants(kind: str) -> list[Variant]:
+    """The default first. large-off = only products of small weights, and what is no product, overlap."""
+    if kind == "overlap":
+        return [
+            Variant("default"),
+            Variant("off", use_pdl=False),
+            Variant("early", overlap=Overlap(small="early", large="early")),
+            Variant("late", overlap=Overlap(small="late", large="late")),
+            Variant("large-off", overlap=Overlap(small="early", large="off")),
+        ]
+    return [
+        Variant("default"),
+        Variant("rotation apart", joined_rows=0),
+        Variant("rotation joined", joined_rows=512),
+        *(Variant(f"tiles of {rows}", tile_rows=rows) for rows in (4, 8, 32)),
+        *(Variant(f"{columns} columns", changes={"columns": columns}) for columns in (32, 64, 128)),
+        *(Variant(f"{splits} splits", changes={"splits": splits}) for splits in (1, 2, 4)),
+        *(Variant(f"{warps} warps", changes={"num_warps": warps}) for warps in (4, 8)),
+        *(Variant(f"{columns} new columns", changes={"new_columns": columns}) for columns in (16, 32, 64)),
+        *(Variant(f"{stages} stages", changes={"num_stages": stages}) for stages in (1, 3)),
+        Variant("part by part", changes={"merge_parts": 1}),
+        Variant("late", changes={"is_late": True}),
+        Variant("tiles of 8, 64 columns", tile_rows=8, changes={"columns": 64}),
+        Variant("tiles of 8, 4 splits", tile_rows=8, changes={"splits": 4}),
+        Variant("tiles of 8, rotation apart", tile_rows=8, joined_rows=0),
+        Variant("as before", joined_rows=0, changes={"columns": 128, "new_columns": 64, "num_warps": 4}),
+    ]
+
+
+def compare(kind: str, bench: Any, widths: Sequence[int], milliseconds: Callable[[int], list[float]]) -> dict[str, dict[int, float]]:
+    """Median milliseconds by variant and width, printed as a table on the way."""
+    table: dict[str, dict[int, float]] = {}
+    print(f"{'':32}" + "".join(f"{f'T={width}':>9}" for width in widths), flush=True)
+    for variant in variants(kind):
+        figures = table[variant.label] = {}
+        for width in widths:
+            try:
+                with variant.applied(bench):
+                    figures[width] = statistics.median(milliseconds(width))
+            except Exception as error:  # out of resources and the like: this figure is lost, the others are not
+                print(f"{variant.label}, T = {width}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+        cells = (f"{figures[width]:9.3f}" if width in figures else f"{'-':>9}" for width in widths)
+        print(f"{variant.label:32}" + "".join(cells), flush=True)
+    return table
+
+
+def compile_all(kind: str, cases: dict[str, Any], quantization: str | None, num_workers: int | None = None) -> None:
+    """Compile what the variants launch into Triton's disk cache; what fails here is compiled, or fails, at its first use."""
+    jobs = [
+        (name, width, case.cached[0], variant, quantization)
+        for name, case in cases.items()
+        for width in case.widths
+        for variant in variants(kind)
+        if variant.label not in ("large-off", "1 splits", "2 splits", "4 splits")  # which mix kernels of the others
+    ]
+    started = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), num_workers or os.cpu_count() or 1)) as workers:
+        faults = list(filter(None, workers.imap_unordered(_compile, jobs, chunksize=1)))
+    for fault in sorted(set(faults)):
+        print(f"  not compiled ahead: {fault}", file=sys.stderr)
+    print(f"compiled {len(jobs)} forwards in {time.perf_counter() - started:.0f} s, {len(faults)} failed", file=sys.stderr, flush=True)
+
+
+def _compile(job: tuple[str, int, int, Variant, Any]) -> str:
+    """Walk through one forward on the meta device, compiling its kernels for an H100. Returns what went wrong, or nothing."""
+    import forward
+
+    from refusion.engine.network import FlatNetwork
+    from refusion.engine.ops import TritonOps
+
+    shape, width, cached, variant, quantization = job
+    meta = torch.device("meta")
+    try:
+        attention.Workspace.for_device = _workspace  # there is no device to ask
+        bench = forward.Bench(forward.random_model(forward.CASES[shape].config, meta, torch.bfloat16), cached, quantization)
+        bench.network = FlatNetwork(bench.model, TritonOps(bench.config, meta, quantization))
+        with compiling_for_h100(variant.use_pdl), variant.applied(bench):
+            forward.static_forward(bench, width)()
+    except Exception as error:  # only costs time
+        return f"{variant.label}, T = {width}: {type(error).__name__}: {error}"[:300]
+    return ""
+
+
+def _workspace(block: int, num_groups: int, head_dim: int, device: torch.device) -> attention.Workspace:
+    return attention.Workspace(2 * H100_PROCESSORS, padded_rows(block, num_groups), head_dim, device)
