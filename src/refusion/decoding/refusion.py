@@ -10,7 +10,7 @@ One `step` is one forward for every request that is not done. Two-pass decoding 
 import torch
 from torch import Tensor
 
-from refusion.decoding.forward import ForwardFn
+from refusion.decoding.forward import ForwardBatch, ForwardFn, Readout
 from refusion.decoding.layout import build_grids
 from refusion.decoding.packing import Placement, pack_padded
 from refusion.decoding.params import SamplingParams, SlotSettings
@@ -75,12 +75,16 @@ class ReFusionDecoder:
         grids = build_grids(self.state, self.slots, self.width, num_candidates, self.mask_id, self.prompts)
         draw = Draw(self.sampling.temperature, self.sampling.top_p, self.state.seeds, self.state.num_drafts + 1)
         batch, placement = pack_padded(grids, draw, self.slots.alternatives)
-        readout = self.forward(batch, self.cache)
+        readout = self._read(batch, placement)
         self._commit_prompts(placement)
         settled = settle_forward(self.state, self.slots, num_candidates, self.mask_id, self.eos_ids, placement, readout)
         self._commit(placement, settled.report.is_committed)
         self.state = settled.state
         return settled.report
+
+    def _read(self, batch: ForwardBatch, placement: Placement) -> Readout:
+        """What the network says; `refusion.decoding.variants` has one that scores slots in other ways."""
+        return self.forward(batch, self.cache)
 
     def _commit_prompts(self, placement: Placement) -> None:
         """The first forward's prompt rows join the cache; its masks do not."""

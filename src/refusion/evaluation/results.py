@@ -55,7 +55,15 @@ class Result:
 
 def write_result(path: Path, result: Result) -> dict[str, Any]:
     """Write the file, whole or not at all; returns its content."""
-    content = {
+    content = content_of(result)
+    with atomic_file(path) as draft:
+        draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return content
+
+
+def content_of(result: Result) -> dict[str, Any]:
+    """What a result file says: the result, when, on what and from which code it came."""
+    return {
         "schema": SCHEMA,
         "name": result.name,
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -68,9 +76,6 @@ def write_result(path: Path, result: Result) -> dict[str, Any]:
         "runs": [{name: value for name, value in to_plain(asdict(run)).items() if value or name != "series"} for run in result.runs],
         "notes": result.notes,
     }
-    with atomic_file(path) as draft:
-        draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return content
 
 
 def read_result(path: Path) -> dict[str, Any]:
