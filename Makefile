@@ -50,7 +50,7 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.installed
 	@echo "installing what tests, training and evaluation need" >&2
-	$(PIP_INSTALL) --editable '.[train,eval,dev]'
+	$(PIP_INSTALL) --editable '.[train,eval,plot,dev]'
 	@touch $@
 
 # Phony in effect: `models pull` knows best whether a model is there and current, and is quick if it is.

@@ -19,8 +19,9 @@ import harness
 import torch
 
 from refusion import LLM, SamplingParams
-from refusion.engine.costs import NUM_CACHED, measure
+from refusion.engine.costs import NUM_CACHED
 from refusion.evaluation.results import Figure, Run, to_plain
+from refusion.evaluation.speed import forward_times
 from refusion.evaluation.statistics import Interval
 from refusion.llm import RequestOutput
 from refusion.synthesis.predictable import HELD_OUT_SEED, make
@@ -65,7 +66,7 @@ def main() -> None:
         Run(
             label="forward",
             settings={"cached_tokens": NUM_CACHED, "statistic": "median, monotone"},
-            figures=forward_times(llm, args.repeats),
+            figures=forward_times(llm, WIDTHS, args.repeats),
         )
     )
     for run in runs:
@@ -106,12 +107,6 @@ def figures(contender: Contender) -> dict[str, Figure]:
         found[f"tokens_per_second_pooled_{kind}"] = num_tokens / seconds
         found[f"tokens_per_forward_{kind}"] = num_tokens / sum(out.stats.num_forwards for out in outputs)
     return found
-
-
-def forward_times(llm: LLM, repeats: int) -> dict[str, Figure]:
-    """Milliseconds of one forward of the engine's network, readout included, by number of new tokens."""
-    costs = measure(llm.engine.runner.network, WIDTHS, repeats)
-    return {f"forward_ms_{width}": 1000 * seconds for width, seconds in zip(costs.widths, costs.seconds, strict=True)}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import transformers_loop
 from refusion import LLM, SamplingParams
 from refusion.decoding.forward import EagerForward
 from refusion.decoding.transformers_network import TransformersNetwork
+from refusion.evaluation.load import Server, comparison, run_of
 from refusion.evaluation.results import Run, to_plain
 from refusion.llm import EngineSettings, RequestOutput
 
@@ -54,16 +55,16 @@ def main() -> None:
     if args.device.startswith("cuda"):
         torch.cuda.synchronize()
     runs = [Run(label="build", settings={"shape": args.shape}, figures={"build_seconds": time.perf_counter() - started})]
-    server = serving.Server(llm, setting.slots, sampling)
+    server = Server(llm, setting.slots, sampling)
     for kind, encoded in prompts.items():
         loads = serving.loads_at(server, DECODERS, encoded, 1, serving.LEAST_WARM_UP)
         for decoder, load in loads.items():
-            found = serving.run_of(decoder, load, 1)
+            found = run_of(decoder, load, 1)
             runs.append(replace(found, label=f"{kind}: {decoder}"))
             if kind == "chat":
                 same = same_texts(expected[decoder], load.outputs)
                 runs.append(Run(label=f"{decoder}: texts of the small model", settings={}, figures=same))
-        runs.append(replace(serving.comparison(loads, 1), label=f"{kind}: compared"))
+        runs.append(replace(comparison(loads, 1), label=f"{kind}: compared"))
     if args.loop_prompts:
         runs += eager_loop(llm, setting, replace(sampling, max_tokens=min(args.max_tokens, 64)), prompts["chat"][: args.loop_prompts])
     for run in runs:

@@ -4,7 +4,9 @@
     python benchmarks/tables.py --check
 
 A table stands between `<!-- table:KIND FILE FILE="a title" -->` and `<!-- /table -->`. FILE is a result file's name without `.json`;
-every run of it becomes a row (a column in side-by-side). Kinds: chat, tasks, families, cpu, forward, serving, fusion, side-by-side.
+every run of it becomes a row (a column in side-by-side). Kinds: chat, tasks, families, cpu, forward, serving, fusion,
+training, parity, side-by-side, and those of `comparison_tables`: suite, suite-cost, comparison, comparison-cost, differences, ratios,
+ablations, published.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import comparison_tables
+from table_forms import Source, hundredth_percent, interval, lines_of, one, percent, plain, rows, three, two, whole
 
 from refusion.errors import DataError, RefusionError
 from refusion.evaluation.results import read_result
@@ -24,23 +27,6 @@ from refusion.evaluation.results import read_result
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = re.compile(r"^<!-- table:(\S+)\s*(.*?)\s*-->$"), "<!-- /table -->"
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A result file as a marker names it."""
-
-    stem: str
-    title: str | None
-    content: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One run of a result file with the title of its row."""
-
-    title: str
-    figures: dict[str, Any]
 
 
 def main() -> int:
@@ -94,8 +80,10 @@ def table(kind: str, names: Sequence[str], results: Path, place: str) -> list[st
     sources = []
     for name in names:
         stem, _, title = name.partition("=")
-        sources.append(Source(stem, title or None, read_result(results / f"{stem}.json")))
-    return [*KINDS[kind](sources), "", *(provenance(source) for source in sources)]
+        read = comparison_tables.read_published if kind == "published" else read_result
+        sources.append(Source(stem, title or None, read(results / f"{stem}.json")))
+    notes = [] if kind == "published" else ["", *(provenance(source) for source in sources)]
+    return [*KINDS[kind](sources), *notes]
 
 
 def chat(sources: Sequence[Source]) -> list[str]:
@@ -162,6 +150,29 @@ def fusion(sources: Sequence[Source]) -> list[str]:
     )
 
 
+def training(sources: Sequence[Source]) -> list[str]:
+    """Speed and use of the arithmetic of each variant, and what the plan foretold."""
+    head = ["", "tokens/s", "FLOP utilisation", "packed", "s per step", "planned", "GB", "planned"]
+    names = ["tokens_per_second", "model_flops_utilisation", "packed_share", "seconds_per_step", "seconds_per_step_planned"]
+    names += ["memory_gb", "memory_gb_planned"]
+    forms = [whole, percent, percent, three, three, one, one]
+    chosen = [line for line in lines_of(sources) if names[0] in line.figures]
+    return rows(head, [[line.title, *(form(line.figures.get(n)) for n, form in zip(names, forms, strict=True))] for line in chosen])
+
+
+def parity(sources: Sequence[Source]) -> list[str]:
+    """Mean losses of packed and compiled against padded and eager training, and how far they are apart."""
+    head = ["", "steps", "term", "packed, compiled", "padded, eager", "apart", "apart, worst 50 steps"]
+    body = []
+    for line in lines_of(sources):
+        for term in ("loss", "loss_ar", "loss_mdm"):
+            if f"{term}_off_mean" in line.figures:
+                values = (three(line.figures[f"{term}_packed"]), three(line.figures[f"{term}_padded"]))
+                apart = (hundredth_percent(line.figures[f"{term}_off_{what}"]) for what in ("mean", "worst_fifty_steps"))
+                body.append([line.title, whole(line.figures["steps"]), f"`{term}`", *values, *apart])
+    return rows(head, body)
+
+
 def side_by_side(sources: Sequence[Source]) -> list[str]:
     """Every figure, one column per run: for comparing trainings on the same data."""
     lines = lines_of(sources)
@@ -173,19 +184,9 @@ def side_by_side(sources: Sequence[Source]) -> list[str]:
 
 KINDS: dict[str, Callable[[Sequence[Source]], list[str]]] = {
     "chat": chat, "tasks": tasks, "families": families, "cpu": cpu, "forward": forward, "serving": serving, "fusion": fusion,
-    "side-by-side": side_by_side,
+    "training": training, "parity": parity,
+    "side-by-side": side_by_side, **comparison_tables.KINDS,
 }  # fmt: skip
-
-
-def lines_of(sources: Sequence[Source]) -> list[Line]:
-    """All runs of all files; a file of one run goes by its title, the runs of others by their labels."""
-    found = []
-    for source in sources:
-        runs = source.content["runs"] or [{"label": source.stem, "figures": source.content["figures"]}]
-        for run in runs:
-            label = source.title if source.title and len(runs) == 1 else ": ".join(filter(None, [source.title, run["label"]]))
-            found.append(Line(label or source.stem, run["figures"]))
-    return found
 
 
 def provenance(source: Source) -> str:
@@ -196,50 +197,6 @@ def provenance(source: Source) -> str:
     return (
         f"<sub>`{source.stem}.json`: `{content['command']}` ({', '.join(filter(None, details))}, commit {content['commit'][:10]})</sub>  "
     )
-
-
-def rows(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    align = [":--", *["--:"] * (len(head) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in (head, align, *body)]
-
-
-def value_of(figure: Any) -> float | None:
-    return figure["value"] if isinstance(figure, dict) else figure
-
-
-def shown(figure: Any, form: str, factor: float = 1.0) -> str:
-    value = value_of(figure)
-    return "–" if value is None else format(factor * value, form)
-
-
-def one(figure: Any) -> str:
-    return shown(figure, ".1f")
-
-
-def two(figure: Any) -> str:
-    return shown(figure, ".2f")
-
-
-def three(figure: Any) -> str:
-    return shown(figure, ".3f")
-
-
-def whole(figure: Any) -> str:
-    return shown(figure, ",.0f")
-
-
-def percent(figure: Any) -> str:
-    return shown(figure, ".1f", 100) + (" %" if value_of(figure) is not None else "")
-
-
-def plain(figure: Any) -> str:
-    return shown(figure, ".4g")
-
-
-def interval(figure: Any) -> str:
-    if not isinstance(figure, dict) or figure["low"] is None:
-        return "–"
-    return f"{100 * figure['low']:.1f}–{100 * figure['high']:.1f}"
 
 
 if __name__ == "__main__":

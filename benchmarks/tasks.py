@@ -1,9 +1,12 @@
-"""Predictable tasks: right answers and tokens per forward on the 2,100 held-out rows.
+"""Verifiable tasks: right answers and tokens per forward, by default on the 2,100 held-out predictable rows.
 
     python benchmarks/tasks.py --device cuda --batch-size 256
     python benchmarks/tasks.py --decoder autoregressive --model runs/autoregressive --output benchmarks/results/tasks-autoregressive.json
+    python benchmarks/tasks.py --data rg_heldout.jsonl.gz --output rg.json
+    python benchmarks/tasks.py --data gsm8k/test.jsonl.gz --max-tokens 512 --output gsm8k.json
 
-Python answers are run in the sandbox; the other families are compared with the gold answer.
+Rows say how they are judged. `check`: the predictable tasks' own rule (Python is run in the sandbox). `answer`: the final answer of the
+text (`refusion.evaluation.final_answer`), as `reasoning_data.py` writes them. GSM8K's own columns: the number behind `####`.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Any
 import harness
 
 from refusion import LLM
+from refusion.errors import DataError
+from refusion.evaluation import final_answer
 from refusion.evaluation.results import Figure
 from refusion.evaluation.sandbox import run_many
 from refusion.evaluation.statistics import forward_stats, wilson
@@ -31,7 +36,7 @@ def main() -> None:
     rows = (
         harness.select(make(HELD_OUT_SEED, NUM_HELD_OUT), args.rows, args.limit)
         if args.data is None
-        else harness.rows_of(args.data, args.rows, args.limit)
+        else problems(args.data, args.rows, args.limit)
     )
 
     llm = LLM.from_pretrained(args.model, device=args.device, dtype=args.dtype)
@@ -48,6 +53,19 @@ def main() -> None:
         rows=args.rows,
         num_prompts=len(rows),
     )
+
+
+def problems(path: Path, rows: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows with `query`, `family` and how they are judged. Raises DataError for rows of another kind."""
+    return [problem(row, path) for row in harness.rows_of(path, rows, limit)]
+
+
+def problem(row: dict[str, Any], path: Path) -> dict[str, Any]:
+    if {"question", "answer"} <= row.keys():  # GSM8K as the hub has it
+        return {"family": "gsm8k", "query": row["question"].strip(), "answer": row["answer"].rpartition("####")[2].strip()}
+    if not {"query", "family"} <= row.keys() or not {"check", "answer"} & row.keys():
+        raise DataError(f"{path} has a row with {', '.join(row)}; it needs query, family and check or answer, or question and answer")
+    return row
 
 
 def figures(llm: LLM, rows: Sequence[dict[str, Any]], outcome: harness.Outcome) -> dict[str, Figure]:
@@ -69,12 +87,17 @@ def figures(llm: LLM, rows: Sequence[dict[str, Any]], outcome: harness.Outcome) 
 
 def judge(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[bool]:
     """Whether each text answers its row; the tests of python rows run in the sandbox."""
-    is_right = [bool(check(row, text)) for row, text in zip(rows, texts, strict=True)]  # type: ignore[arg-type]  # rows were read from JSON
-    programs = [i for i, row in enumerate(rows) if row["check"]["type"] == "python" and is_right[i]]
+    is_right = [is_answer(row, text) for row, text in zip(rows, texts, strict=True)]
+    programs = [i for i, row in enumerate(rows) if is_right[i] and row.get("check", {}).get("type") == "python"]
     results = run_many([(code_block(texts[i]) or "", rows[i]["check"]["tests"]) for i in programs])
     for i, result in zip(programs, results, strict=True):
         is_right[i] = result.passed
     return is_right
+
+
+def is_answer(row: dict[str, Any], text: str) -> bool:
+    """Right by the row's own rule; a python row is only known to hold a program."""
+    return bool(check(row, text)) if "check" in row else final_answer.is_right(text, row["answer"])  # type: ignore[arg-type]  # from JSON
 
 
 if __name__ == "__main__":

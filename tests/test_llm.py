@@ -309,7 +309,7 @@ def test_a_single_string_is_no_list_of_prompts(llm: LLM) -> None:
 
 
 def test_an_unknown_decoder_is_refused(llm: LLM) -> None:
-    with pytest.raises(RequestError, match="unknown decoder 'magic'; use one of refusion, autoregressive"):
+    with pytest.raises(RequestError, match="unknown decoder 'magic'; use one of refusion, autoregressive, auto, masked_diffusion"):
         llm.generate(["a fox"], SamplingParams(max_tokens=4), decoder="magic")
 
 

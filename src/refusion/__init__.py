@@ -12,10 +12,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refusion.engine.asynchronous import AsyncEngine
     from refusion.engine.settings import EngineSettings
-    from refusion.llm import LLM, RequestOutput, SamplingParams, SlotParams
+    from refusion.llm import LLM, BlockDiffusionParams, MaskedDiffusionParams, RequestOutput, SamplingParams, SlotParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncEngine", "EngineSettings", "RequestOutput", "SamplingParams", "SlotParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "BlockDiffusionParams",
+    "EngineSettings",
+    "MaskedDiffusionParams",
+    "RequestOutput",
+    "SamplingParams",
+    "SlotParams",
+    "__version__",
+]
 
 _ELSEWHERE = {"AsyncEngine": "refusion.engine.asynchronous", "EngineSettings": "refusion.engine.settings"}
 

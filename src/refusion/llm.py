@@ -14,6 +14,7 @@ from torch import Tensor
 
 from refusion import hub
 from refusion.checkpoint import read_json
+from refusion.decoding.diffusion_params import DEFAULT_BLOCK_SIZE, BlockDiffusionParams, DiffusionParams, MaskedDiffusionParams
 from refusion.decoding.events import Event
 from refusion.decoding.forward import EagerForward, ForwardFn
 from refusion.decoding.params import SamplingParams, SlotParams, SlotSettings
@@ -35,9 +36,11 @@ from refusion.tokenizer import Tokenizer
 __all__ = [
     "DECODERS",
     "LLM",
+    "BlockDiffusionParams",
     "EngineSettings",
     "GenerationFailed",
     "GenerationInterrupted",
+    "MaskedDiffusionParams",
     "Piece",
     "Prompt",
     "RequestOutput",
@@ -46,7 +49,9 @@ __all__ = [
     "Stats",
 ]
 
-DECODERS = ("refusion", "autoregressive", "auto")
+DECODERS = ("refusion", "autoregressive", "auto", "masked_diffusion", "block_diffusion")
+DIFFUSION: dict[str, type[DiffusionParams]] = {"masked_diffusion": MaskedDiffusionParams, "block_diffusion": BlockDiffusionParams}
+"""Decoders with settings of their own, and the class of these."""
 Prompt = str | list[int] | list[dict[str, str]]
 OnOutput = Callable[[int, RequestOutput], None]
 
@@ -88,6 +93,7 @@ class LLM:
         self.recommended: dict[str, Any] = _recommended(path, model.device.type)
         self._tokens_per_forward: float | None = self.recommended.pop("tokens_per_forward", None)
         self._choices = read_choices(self.recommended.pop("choices", ()))
+        self._trained_block_size = _trained_block_size(path)
 
     @classmethod
     def from_pretrained(
@@ -129,6 +135,7 @@ class LLM:
         slots: SlotParams | None = None,
         decoder: str = "refusion",
         *,
+        diffusion: DiffusionParams | None = None,
         on_event: Callable[[Event], None] | None = None,
         on_output: OnOutput | None = None,
         progress: bool = False,
@@ -137,8 +144,10 @@ class LLM:
         """Answer every prompt, in the order given.
 
         prompts: str (raw text), list[int] (token ids) or chat messages (templated). decoder: "refusion", "autoregressive" or "auto",
-        which takes the faster one at the load of the moment. on_event: called with every `Event` as it happens. on_output: called with
-        number and answer of each prompt as it is finished. batch_size: prompts decoded together at most (default: what the engine holds).
+        which takes the faster one at the load of the moment; "masked_diffusion" and "block_diffusion" are baselines for checkpoints
+        trained that way, with settings of their own in `diffusion`. on_event: called with every `Event` as it happens. on_output:
+        called with number and answer of each prompt as it is finished. batch_size: prompts decoded together at most (default: what
+        the engine holds).
         Raises `RequestError` if a prompt cannot be served and `ConfigError` for settings out of range; nothing has run by then.
         Ctrl-C raises `GenerationInterrupted`, which carries what is finished.
         """
@@ -148,7 +157,8 @@ class LLM:
             raise RequestError("prompts holds a chat message; put the messages of one prompt in a list of their own")
         if batch_size is not None and batch_size < 1:
             raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
-        requests = [self.new_request(prompt, sampling, slots, decoder, index=index) for index, prompt in enumerate(prompts)]
+        settings = (sampling, slots, decoder)
+        requests = [self.new_request(prompt, *settings, diffusion=diffusion, index=index) for index, prompt in enumerate(prompts)]
         outputs: dict[int, RequestOutput] = {}
         errors: list[RequestError] = []
         with _progress(progress, decoder) as bar:
@@ -175,6 +185,7 @@ class LLM:
         batch_size: int | None = None,
         sampling: SamplingParams | None = None,
         slots: SlotParams | None = None,
+        diffusion: DiffusionParams | None = None,
         prompt_tokens: int = 512,
     ) -> int:
         """Compile and capture what up to `batch_size` such requests together need (default: what the engine holds), before they come.
@@ -185,7 +196,8 @@ class LLM:
         sampling = sampling or SamplingParams()
         count = batch_size or self.engine_settings.seats(self.model.device.type)
         longest = max(min(prompt_tokens, self.config.max_position_embeddings - sampling.max_tokens), 1)
-        requests = [self.new_request([0], sampling, slots, decoder) for decoder in decoders]
+        own = {decoder: diffusion if decoder in DIFFUSION else None for decoder in decoders}
+        requests = [self.new_request([0], sampling, slots, decoder, diffusion=own[decoder]) for decoder in decoders]
         return sum(self.engine.warm_up(new, num_requests=count, prompt_tokens=longest) for new in requests)
 
     def stream(
@@ -194,6 +206,8 @@ class LLM:
         sampling: SamplingParams | None = None,
         slots: SlotParams | None = None,
         decoder: str = "refusion",
+        *,
+        diffusion: DiffusionParams | None = None,
     ) -> Iterator[str]:
         """The text of one answer in pieces, as it becomes certain; closing the iterator aborts the request.
 
@@ -201,7 +215,7 @@ class LLM:
         """
         if self.tokenizer is None:
             raise RequestError(f"{self.path} has no tokenizer; text cannot be streamed, use generate")
-        new = self.new_request(prompt, sampling, slots, decoder)
+        new = self.new_request(prompt, sampling, slots, decoder, diffusion=diffusion)
         return self._pieces(new, AnswerStream(self.tokenizer, new.sampling, new.eos_ids))
 
     def new_request(
@@ -211,12 +225,14 @@ class LLM:
         slots: SlotParams | None = None,
         decoder: str = "refusion",
         *,
+        diffusion: DiffusionParams | None = None,
         index: int = 0,
     ) -> NewRequest:
         """A checked request for `engine`; its `on_answer` is still to be set. Raises `RequestError` and `ConfigError` like `generate`."""
         sampling = sampling or SamplingParams()
         prompt_ids = self._encode(prompt, index)
         self._check_length(prompt_ids, index, sampling)
+        params = self.resolve_diffusion(decoder, diffusion)
         decoder, settings = self._decoder(decoder, slots or SlotParams())
         new = NewRequest(
             prompt_ids=prompt_ids,
@@ -224,6 +240,7 @@ class LLM:
             eos_ids=(*self.eos_ids(), *sampling.stop_token_ids),
             decoder=decoder,
             slots=settings,
+            diffusion=params,
             index=index,
             on_answer=lambda _: None,
             find_stop=self._stop_finder(sampling),
@@ -347,17 +364,26 @@ class LLM:
                 f"together more than the context of {context}; shorten the prompt or lower max_tokens to {context - len(ids)}"
             )
 
+    def resolve_diffusion(self, decoder: str, given: DiffusionParams | None) -> DiffusionParams | None:
+        """The settings a diffusion decoder will work with, None for the others. Raises `RequestError` for settings of another decoder."""
+        kind = DIFFUSION.get(decoder)
+        if given is not None and (kind is None or not isinstance(given, kind)):
+            wanted = f"takes {kind.__name__}" if kind is not None else "has no diffusion settings"
+            raise RequestError(f"decoder {decoder!r} {wanted}; {type(given).__name__} has no effect on it")
+        params = given if given is not None or kind is None else kind()
+        return params.resolve(self._trained_block_size) if isinstance(params, BlockDiffusionParams) else params
+
     def _decoder(self, name: str, params: SlotParams) -> tuple[str, SlotSettings | None]:
         """The decoder and its slot settings. Raises if there is no such decoder, or not with this checkpoint."""
         if name not in DECODERS:
             raise RequestError(f"unknown decoder {name!r}; use one of {', '.join(DECODERS)}")
         has_mask = self.config.mask_token_id is not None
-        if name == "refusion" and not has_mask:
+        if name not in ("autoregressive", "auto") and not has_mask:
             raise CheckpointError(f"{self.path} has no mask token; add one with `refusion convert`, or use decoder='autoregressive'")
-        if name == "autoregressive" or not has_mask:
-            params.resolve(self.recommended)  # raises if they make no sense, needed or not
-            return "autoregressive", None
-        return name, self.resolve_slots(params)
+        if name in ("refusion", "auto") and has_mask:
+            return name, self.resolve_slots(params)
+        params.resolve(self.recommended)  # raises if they make no sense, needed or not
+        return (name if name in DIFFUSION else "autoregressive"), None
 
     def _stop_finder(self, sampling: SamplingParams) -> FindStop | None:
         if not sampling.stop:
@@ -387,6 +413,13 @@ def _recommended(path: Path, device: str) -> dict[str, Any]:
     """Slot settings of the checkpoint's `refusion` block for this device (`slots.cpu`, `slots.cuda`)."""
     block = read_json(path / "config.json").get("refusion") or {}
     return dict((block.get("slots") or {}).get(device) or {})
+
+
+def _trained_block_size(path: Path) -> int | None:
+    """Tokens of a block that the checkpoint was trained with, if it was by block diffusion."""
+    training = (read_json(path / "config.json").get("refusion") or {}).get("training") or {}
+    objective = training.get("objective") or {}
+    return objective.get("block_size", DEFAULT_BLOCK_SIZE) if objective.get("name") == "block_diffusion" else None
 
 
 def _device(device: str) -> torch.device:

@@ -129,3 +129,35 @@ def test_in_float32_the_batch_changes_no_text(run: Run, tmp_path: Path, chat_dat
     code, _, err = run("batches", "--model", tiny_model_dir, *options, "--output", output, "--batch-invariant")
     assert (code, err.count("\n")) == (1, 1)
     assert "batch_invariant needs a GPU" in err
+
+
+def test_diffusion_forwards_times_every_decoder_and_checks_it_against_the_plain_loops(
+    run: Run, tmp_path: Path, chat_data: Path, tiny_model_dir: Path
+) -> None:
+    options = ["--dtype", "float32", "--data", chat_data, "--limit", 2, "--max-tokens", 12, "--concurrency", 2, "--check", 2]
+    code, out, err = run("diffusion_forwards", "--model", tiny_model_dir, *options, "--output", tmp_path / "out.json")
+    assert code == 0, err
+    content = read_result(tmp_path / "out.json")
+    assert len(content["runs"]) == len(out.splitlines()) == 8
+    checked = [found["figures"]["same_as_plain"] for found in content["runs"] if "same_as_plain" in found["figures"]]
+    assert checked == [1.0] * 6
+
+
+def test_rows_with_an_answer_and_gsm8k_rows_are_judged_by_their_final_answer(run: Run, tmp_path: Path, tiny_model_dir: Path) -> None:
+    tasks = runpy.run_path(str(BENCHMARKS / "tasks.py"))
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": "How many?", "answer": "4 and 5\n#### 1,009"}, {"family": "gcd", "query": "gcd?", "answer": "3"}]
+    write_rows(path, rows)
+    found = tasks["problems"](path)
+    assert [row["family"] for row in found] == ["gsm8k", "gcd"]
+    assert tasks["judge"](found, ["so 1009", "Answer: 3"]) == [True, True]
+    assert tasks["judge"](found, ["so 1009.5", "Answer: 4"]) == [False, False]
+    output = tmp_path / "tasks.json"
+    options = ["--dtype", "float32", "--max-tokens", 8, "--slot-size", 4]
+    code, _out, err = run("tasks", "--model", tiny_model_dir, "--data", path, *options, "--output", output)
+    assert code == 0, err
+    assert {"accuracy", "accuracy_gsm8k", "accuracy_gcd"} <= read_result(output)["figures"].keys()
+    write_rows(path, [{"text": "x"}])
+    code, _out, err = run("tasks", "--model", tiny_model_dir, "--data", path, *options, "--output", output)
+    assert code == 1
+    assert "it needs query, family" in err

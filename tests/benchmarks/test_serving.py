@@ -92,12 +92,6 @@ def test_a_carrier_is_served_like_any_model(script: Script, serving: ModuleType,
     assert [carried["figures"][name] for name in names] == [plain["figures"][name] for name in names]  # the same texts
 
 
-@pytest.mark.parametrize(("count", "p50", "p99"), [(1, 1, 1), (2, 1, 2), (100, 50, 99), (1000, 500, 990)])
-def test_quantiles_are_values_that_occur(serving: ModuleType, count: int, p50: int, p99: int) -> None:
-    ordered = list(range(1, count + 1))
-    assert [serving.quantile(ordered, 0.5), serving.quantile(ordered, 0.99)] == [p50, p99]
-
-
 @pytest.mark.parametrize("carrier", [[], ["--carrier", CARRIER]], ids=["plain", "carrier"])
 def test_the_transformers_loop_writes_the_same_tokens(
     script: Script, transformers_loop: ModuleType, tiny_llama_dir: Path, carrier: list[str]

@@ -40,6 +40,27 @@ def test_a_table_is_written_checked_and_found_stale(tmp_path: Path, results: Pat
     assert (stale.returncode, "stale" in stale.stderr) == (1, True)
 
 
+def test_training_speed_stands_beside_its_plan_and_parity_term_by_term(tmp_path: Path) -> None:
+    speed = {"tokens_per_second": 312345.6, "model_flops_utilisation": 0.2614, "packed_share": 0.9941, "seconds_per_step": 0.2086}
+    speed |= {"seconds_per_step_planned": 0.2236, "memory_gb_planned": 43.59}
+    apart = {f"{term}_{what}": value for term in ("loss", "loss_ar", "loss_mdm") for what, value in _PARITY.items()}
+    runs = [
+        Run(label="small flex", settings={}, figures=speed),
+        Run(label="parity flex", settings={}, figures={"steps": 500, **apart}, series={"step": [1, 2]}),
+    ]
+    write_result(tmp_path / "results" / "speed.json", Result(name="training-speed", settings={}, runs=runs))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table:training speed -->\n<!-- /table -->\n<!-- table:parity speed -->\n<!-- /table -->\n")
+    assert tables("--results", tmp_path / "results", page).returncode == 0
+    text = page.read_text()
+    assert "| small flex | 312,346 | 26.1 % | 99.4 % | 0.209 | 0.224 | – | 43.6 |" in text
+    assert "| parity flex | 500 | `loss_mdm` | 3.250 | 3.251 | 0.03 % | 0.42 % |" in text
+    assert text.count("parity flex") == 3
+
+
+_PARITY = {"packed": 3.25, "padded": 3.251, "off_mean": 0.0003, "off_worst_fifty_steps": 0.0042, "off_worst_ten_steps": 0.006}
+
+
 @pytest.mark.parametrize(
     ("marker", "reason"),
     [

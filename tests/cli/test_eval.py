@@ -52,6 +52,17 @@ def test_a_result_is_written_and_shown(run_cli: RunCli, arguments: list[str], tm
     assert "add --resume" in twice.err
 
 
+def test_a_diffusion_decoder_is_evaluated_with_its_own_settings(run_cli: RunCli, arguments: list[str], tmp_path: Path) -> None:
+    found = run_cli(*arguments, "--tasks", "gsm8k", "--decoder", "block_diffusion", "--block-size", "8", "--threshold", "0.5")
+    assert found.code == 0, found.err
+    content = json.loads((tmp_path / "out.json").read_text())
+    settings = {"block_size": 8, "steps": None, "threshold": 0.5, "fuse_commit": True}
+    assert content["settings"]["diffusion"] == content["runs"][0]["settings"]["diffusion"] == settings
+    assert "slots" not in content["runs"][0]["settings"]
+    other = run_cli(*arguments, "--tasks", "gsm8k", "--decoder", "block_diffusion", "--block-size", "4", "--resume")
+    assert other.code == 1  # answers of other settings are not mixed
+
+
 @pytest.mark.parametrize(
     ("extra", "code", "message"),
     [

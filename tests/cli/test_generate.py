@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from command_line import RunCli
 
-from refusion.llm import LLM, SamplingParams, SlotParams
+from refusion.decoding.diffusion_params import DiffusionParams
+from refusion.llm import LLM, BlockDiffusionParams, MaskedDiffusionParams, SamplingParams, SlotParams
 
 CHAT = [{"role": "user", "content": "hello"}]
 
@@ -82,7 +83,14 @@ def test_raw_continues_the_prompt_without_the_template(run_cli: RunCli, tiny_mod
 def test_flags_build_the_settings_of_the_python_interface(run_cli: RunCli, tiny_model_dir: Path) -> None:
     sampling = SamplingParams(max_tokens=20, temperature=0.9, top_p=0.8, seed=5)
     slots = SlotParams(
-        slot_size=4, serial_blocks=2, slot_threshold=0.2, token_threshold=0.1, acceptance="paper", correction="autoregressive"
+        slot_size=4,
+        serial_blocks=2,
+        slot_threshold=0.2,
+        token_threshold=0.1,
+        acceptance="paper",
+        correction="autoregressive",
+        alternatives=2,
+        infill_length=2,
     )
     expected = LLM.from_pretrained(tiny_model_dir, dtype="float32").generate([CHAT], sampling, slots)[0]
     flags = (
@@ -99,6 +107,10 @@ def test_flags_build_the_settings_of_the_python_interface(run_cli: RunCli, tiny_
         "paper",
         "--correction",
         "autoregressive",
+        "--alternatives",
+        "2",
+        "--infill-length",
+        "2",
         "--json",
         "hello",
     ).json
@@ -229,3 +241,52 @@ def test_input_that_is_no_text_is_one_line(run_cli: RunCli, tiny_model_dir: Path
     result = run_cli("generate", "--model", tiny_model_dir, "-", stdin="\udcff\udcfe")
     assert result.code == 1
     assert "standard input is not UTF-8 text" in result.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "words"),
+    [
+        (
+            "--decoder masked_diffusion --block-size 6 --steps 3 --block-cache dual --early-stop",
+            MaskedDiffusionParams(block_size=6, steps=3, cache="dual", early_stop=True),
+            "masked diffusion in blocks of 6, 3 steps a block, dual cache, early stop",
+        ),
+        ("--decoder masked_diffusion", MaskedDiffusionParams(), "masked diffusion in blocks of 32, 32 steps a block"),
+        (
+            "--decoder block_diffusion --block-size 4 --threshold 0.02",
+            BlockDiffusionParams(block_size=4, threshold=0.02),
+            "block diffusion in blocks of 4, threshold 0.02",
+        ),
+    ],
+)
+def test_diffusion_decoders_take_their_own_flags(
+    run_cli: RunCli, tiny_model_dir: Path, flags: str, settings: DiffusionParams, words: str
+) -> None:
+    command = ("generate", "--model", tiny_model_dir, "--dtype", "float32", "--max-tokens", 12, *flags.split())
+    decoder = flags.split()[1]
+    (expected,) = LLM.from_pretrained(tiny_model_dir, dtype="float32").generate(
+        [CHAT], SamplingParams(max_tokens=12), decoder=decoder, diffusion=settings
+    )
+    answer = run_cli(*command, "--json", "hello").json
+    assert (answer["token_ids"], answer["decoder"]) == (list(expected.token_ids), decoder)
+    assert answer["diffusion"]["block_size"] == settings.block_size
+    assert "slots" not in answer
+    assert run_cli(*command, "hello").err.endswith(f"; {words}\n")
+    assert run_cli(*command, "--watch", "hello", terminal=True).code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--steps 3", "--steps has no effect on --decoder refusion; leave it out"),
+        ("--decoder autoregressive --early-stop", "--early-stop has no effect on --decoder autoregressive"),
+        ("--decoder block_diffusion --block-cache prefix", "--block-cache has no effect on --decoder block_diffusion"),
+        ("--decoder masked_diffusion --slot-size 4", "--slot-size has no effect on --decoder masked_diffusion"),
+        ("--decoder masked_diffusion --steps 40", "--steps is 40; it must be in [1, block_size=32]"),
+        ("--decoder block_diffusion --steps 4 --threshold 0.5", "--threshold is 0.5; it must be left out where steps is given"),
+    ],
+)
+def test_a_flag_without_effect_or_out_of_range_is_a_usage_error(run_cli: RunCli, flags: str, message: str) -> None:
+    result = run_cli("generate", *flags.split(), "hello")
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err

@@ -218,14 +218,14 @@ class Server:
             part.parent.fill_(-1)
 
     def _readout(self, logits: Tensor, rows: Rows) -> Readout:
-        count = rows.num_rows
+        count, num_runner_ups = rows.num_rows, 0 if self.is_autoregressive else self.rounds.slots.alternatives
         given_ids, seeds, attempts = self.rounds.given_ids[:count], self.rounds.seeds[:count], self.rounds.attempts[:count]
         if self.temperature == 0.0:
             draw = Draw(0.0, 1.0, seeds, attempts)
-            return readout_logits(logits, self.banned, draw, ReadRows(seeds, attempts, rows.positions, given_ids.long()))
+            return readout_logits(logits, self.banned, draw, ReadRows(seeds, attempts, rows.positions, given_ids.long()), num_runner_ups)
         temperature = torch.full((count,), self.temperature)
         top_p = None if self.top_p == 1.0 else torch.full((count,), self.top_p)
-        return sampled_readout(logits, self.banned, given_ids, temperature, top_p, seeds, rows.positions, attempts)
+        return sampled_readout(logits, self.banned, given_ids, temperature, top_p, seeds, rows.positions, attempts, num_runner_ups)
 
     def _read(self, rows: Rows) -> None:
         assert self.last is not None

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from scripted import Row, Script
 
-from refusion.decoding.forward import Rows, readout_logits
+from refusion.decoding.forward import Readout, Rows, readout_logits
+from refusion.decoding.params import ALTERNATIVE_LENGTHS
 from refusion.decoding.sampling import Draw
 
 
@@ -34,6 +35,8 @@ class Reference:
     top_p: float = 1.0
     seed: int = 0
     corrects: bool = False  # the row that rejects a draft also names the token that replaces it
+    infill_length: int | None = None  # tokens drafted behind a cut
+    alternatives: int = 0  # runner-ups of a draft that may stand in its place at once
 
     def run(self) -> Reference:
         self.committed: list[Row] = []
@@ -41,7 +44,9 @@ class Reference:
             self.committed.append(Row.of(token, position, self.committed))
         self.answer: dict[int, int] = {}  # place in the answer -> token
         self.num_forwards, self.num_drafts = 0, 0
-        num_slots = -(-self.max_tokens // self.slot_size)
+        self.firsts: dict[int, int] = {}  # slot -> its first token, where the slot before it has named it
+        self.runner_ups: dict[int, list[list[int]]] = {}  # slot -> per place those of its draft
+        num_slots = self.num_slots = -(-self.max_tokens // self.slot_size)
         self.closed: set[int] = set()
         for block in range(0, num_slots, self.slots_per_block):
             self.open = [slot for slot in range(block, min(block + self.slots_per_block, num_slots)) if slot not in self.closed]
@@ -65,6 +70,8 @@ class Reference:
         chosen = [slot for slot in self.open if drafts[slot][0][1] > self.slot_threshold]
         if not chosen:
             chosen = [max(self.open, key=lambda slot: (drafts[slot][0][1], -slot))]
+        for slot in chosen:
+            self.firsts.pop(slot, None)
         self._verify({slot: [token for token, _ in drafts[slot]] for slot in chosen})
 
     def _plan(self) -> dict[int, list[tuple[int, float]]]:
@@ -74,12 +81,16 @@ class Reference:
         seen = list(self.committed)
         drafts: dict[int, list[tuple[int, float]]] = {}
         for slot in self.open:
-            drafts[slot] = []
+            drafts[slot], self.runner_ups[slot] = [], []
             for place in range(slot * self.slot_size, (slot + 1) * self.slot_size):
                 row = Row.of(self.mask_id, len(self.prompt) + place, seen)
                 seen.append(row)
                 token, confidence, _, _ = self._read(row)
                 drafts[slot].append((token, confidence))
+                self.runner_ups[slot].append(self._runner_ups(row))
+            if slot in self.firsts:
+                drafts[slot][0] = (self.firsts[slot], drafts[slot][0][1])
+                self.runner_ups[slot][0] = []
         return drafts
 
     def _verify(self, drafts: dict[int, list[int]]) -> None:
@@ -103,14 +114,19 @@ class Reference:
             touched = {slot for slot, _ in prefix[: ends[0] + 1]}
             self._close_behind(prefix[ends[0]][0])
             self.open = [slot for slot in self.open if slot not in touched]
+            self._name_firsts({slot: rows[slot] for slot in touched if slot != prefix[ends[0]][0]})
         elif len(prefix) >= self.slot_size:  # b
             for slot in list(drafts)[: len(prefix) // self.slot_size]:
                 for row in rows[slot]:
                     self._commit(row)
                 self.open.remove(slot)
+            self._name_firsts({slot: rows[slot] for slot in list(drafts)[: len(prefix) // self.slot_size]})
         else:  # c
             verified = {slot: self._prefix_length(passes[slot]) for slot in drafts}
-            self._infill(drafts, verified, {slot: self._judged(rows[slot], verified[slot]) for slot in drafts})
+            judged = {slot: self._judged(rows[slot], verified[slot]) for slot in drafts}
+            for slot in drafts:
+                self._try_alternatives(slot, drafts, verified, judged, 0)
+            self._infill(drafts, verified, judged)
 
     def _infill(self, drafts: dict[int, list[int]], verified: dict[int, int], judged: dict[int, int]) -> None:
         chosen = list(drafts)
@@ -130,12 +146,36 @@ class Reference:
             rows = {slot: self._forward(slot, drafts[slot], list(self.committed)) for slot in chosen}
             for slot in chosen:
                 if not self._is_complete(slot, drafts, verified):
-                    verified[slot] = self._prefix_length(self._passes(rows[slot], drafts[slot], verified[slot]))
+                    before = verified[slot]
+                    verified[slot] = self._prefix_length(self._passes(rows[slot], drafts[slot], before))
                     judged[slot] = self._judged(rows[slot], verified[slot])
+                    self._try_alternatives(slot, drafts, verified, judged, before)
         for slot in chosen:
             for place in range(self._length(slot, drafts, verified)):
                 self._commit(rows[slot][place])
             self.open.remove(slot)
+        whole = [slot for slot in chosen if not any(token in self.eos_ids for token in drafts[slot])]
+        self._name_firsts({slot: rows[slot] for slot in whole})
+
+    def _name_firsts(self, whole: dict[int, list[Row]]) -> None:
+        """The last row of a slot that is final names the first token of the slot behind it, if that is open."""
+        last_open = self.num_slots if not self.closed else 0
+        for slot, rows in whole.items():
+            is_later = slot + 1 < last_open and (slot + 1) % self.slots_per_block == 0
+            if self.corrects and (slot + 1 in self.open or is_later):
+                self.firsts[slot + 1] = self._read(rows[-1], attempt=self.num_drafts + 1)[0]
+
+    def _try_alternatives(
+        self, slot: int, drafts: dict[int, list[int]], verified: dict[int, int], judged: dict[int, int], before: int
+    ) -> None:
+        """A correction that is a runner-up of the draft it replaces stands, and its own row names the token behind it."""
+        place = verified[slot]
+        if self._is_complete(slot, drafts, verified) or place >= self.slot_size - 1 or place - before > ALTERNATIVE_LENGTHS:
+            return
+        if judged[slot] in self.runner_ups[slot][place] and judged[slot] not in self.eos_ids:
+            drafts[slot][place] = judged[slot]
+            verified[slot] += 1
+            judged[slot] = self._judged(self._forward(slot, drafts[slot][: place + 1], list(self.committed)), place + 1)
 
     def _through_end(self, chosen: list[int], drafts: dict[int, list[int]], verified: dict[int, int]) -> list[int]:
         """The chosen slots up to the first in which an EOS stands; slots behind it are closed."""
@@ -160,7 +200,12 @@ class Reference:
         for place in range(len(stands), self.slot_size):
             row = Row.of(self.mask_id, len(self.prompt) + slot * self.slot_size + place, seen)
             seen.append(row)
-            drafts.append(self._read(row)[0])
+            if place < len(stands) + (self.infill_length or self.slot_size):
+                drafts.append(self._read(row)[0])
+                self.runner_ups[slot][place] = self._runner_ups(row)
+            else:
+                drafts.append(self.mask_id)
+                self.runner_ups[slot][place] = []
         return drafts
 
     def _forward(self, slot: int, tokens: list[int], seen: list[Row]) -> list[Row]:
@@ -198,8 +243,14 @@ class Reference:
 
     def _read(self, row: Row, given: int = 0, attempt: int | None = None) -> tuple[int, float, float, bool]:
         """(token, its probability, probability of `given`, whether `given` is the most probable)."""
+        readout = self._readout(row, given, attempt)
+        return int(readout.token_ids), float(readout.confidence), float(readout.given_probability), bool(readout.given_is_argmax)
+
+    def _runner_ups(self, row: Row) -> list[int]:
+        return self._readout(row, 0, None).runner_ups[0].tolist()
+
+    def _readout(self, row: Row, given: int, attempt: int | None) -> Readout:
         draw = Draw(self.temperature, self.top_p, torch.tensor([self.seed]), torch.tensor([attempt or self.num_drafts]))
         keys = Rows(draw.seeds, draw.attempts, torch.tensor([row.position]), torch.tensor([given]))
         banned = torch.tensor(list(self.banned), dtype=torch.long)
-        readout = readout_logits(self.script(row).clone()[None], banned, draw, keys)
-        return int(readout.token_ids), float(readout.confidence), float(readout.given_probability), bool(readout.given_is_argmax)
+        return readout_logits(self.script(row).clone()[None], banned, draw, keys, self.alternatives)

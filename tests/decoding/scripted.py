@@ -82,7 +82,9 @@ class ScriptedForward:
             for request, committed in enumerate(cache.rows)
         ]
         self.forwards.append([[row for row in rows if row is not None] for rows in cache.new])
-        readout = Readout(*(torch.zeros(batch.token_ids.shape, dtype=kind) for kind in (torch.long, torch.float, torch.float, torch.bool)))
+        shape, count = batch.token_ids.shape, batch.num_runner_ups
+        parts = [torch.zeros(shape, dtype=kind) for kind in (torch.long, torch.float, torch.float, torch.bool)]
+        readout = Readout(*parts, torch.zeros(*shape, count, dtype=torch.long))
         for request, place in batch.is_read.nonzero().tolist():
             row = cache.new[request][place]
             assert row is not None, "padding is never read"
@@ -92,8 +94,8 @@ class ScriptedForward:
                 batch.positions[request, [place]],
                 batch.given_ids[request, [place]],
             )
-            one = readout_logits(self.script(row).clone()[None], self.banned, batch.draw, keys)
-            for name in ("token_ids", "confidence", "given_probability", "given_is_argmax"):
+            one = readout_logits(self.script(row).clone()[None], self.banned, batch.draw, keys, count)
+            for name in ("token_ids", "confidence", "given_probability", "given_is_argmax", "runner_ups"):
                 getattr(readout, name)[request, place] = getattr(one, name)[0]
         return readout
 

@@ -18,6 +18,9 @@ from refusion.errors import ConfigError
         ("token_threshold", 2.0),
         ("acceptance", "maybe"),
         ("correction", "none"),
+        ("alternatives", 4),
+        ("infill_length", 0),
+        ("alternatives", -1),
         ("max_candidates", -1),
         ("serial_blocks", 0),
         ("block_size", 0),
@@ -67,6 +70,10 @@ def test_fields_left_out_come_from_the_checkpoint_then_from_the_defaults() -> No
     assert SlotParams(slot_size=3).resolve(recommended) == SlotSettings(slot_size=3, token_threshold=0.2)
     assert SlotParams(serial_blocks=2).resolve(recommended) == SlotSettings(slot_size=4, serial_blocks=2, token_threshold=0.2)
     assert SlotParams().resolve({}) == SlotSettings()
+    # Alternatives need the autoregressive correction: the paper's leaves the checkpoint's out, and refuses those that are asked for.
+    assert SlotParams(correction="paper").resolve({"alternatives": 2}) == SlotSettings(correction="paper")
+    with pytest.raises(ConfigError, match="alternatives is 2"):
+        SlotParams(correction="paper", alternatives=2)
 
 
 def test_an_unknown_key_in_the_checkpoint_is_an_error() -> None:
@@ -98,6 +105,7 @@ def test_candidates_end_where_a_slot_has_no_further_length() -> None:
 def test_long_slots_prepare_only_what_free_rows_hold() -> None:
     # 31 + 30 + 29 + 28 + 27 + 26 = 171 rows; the seventh length would need 25 more than the 192 that are free.
     assert [SlotSettings(slot_size=size).candidates() for size in (8, 16, 32, 256)] == [7, 15, 6, 0]
+    assert SlotSettings(slot_size=32, infill_length=6).candidates() == 31  # 26 groups of 6 and 15 rows more
 
 
 @pytest.mark.parametrize(("field", "value"), [("seed", 2**63), ("temperature", 1e-38), ("stop", "abc")])

@@ -49,15 +49,18 @@ def decode(
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
-    slot_size = draw(st.integers(1, 4))
+    slot_size = draw(st.integers(1, 6))
     width = draw(st.integers(1, 3))
+    correction = draw(st.sampled_from(["paper", "autoregressive"]))
     return {
         "slot_size": slot_size,
         "block_size": width * slot_size,
+        "infill_length": draw(st.sampled_from([None, None, 1, 2, 4])),
+        "alternatives": 0 if correction == "paper" else draw(st.sampled_from([0, 1, 3])),
         "slot_threshold": draw(st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])),
         "token_threshold": draw(st.sampled_from([0.0, 0.2, 0.4, 0.8, 1.0])),
         "acceptance": draw(st.sampled_from(["paper", "argmax"])),
-        "correction": draw(st.sampled_from(["paper", "autoregressive"])),
+        "correction": correction,
         "max_tokens": draw(st.integers(1, 14)),
         "temperature": draw(st.sampled_from([0.0, 0.0, 0.7, 1.3])),
         "top_p": draw(st.sampled_from([1.0, 0.8])),
@@ -70,7 +73,8 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 def _split(case: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any], Any]:
     sampling = SamplingParams(**{name: case[name] for name in ("max_tokens", "temperature", "top_p", "seed")})
-    slots = {name: case[name] for name in ("slot_size", "block_size", "slot_threshold", "token_threshold", "acceptance", "correction")}
+    names = ("slot_size", "block_size", "slot_threshold", "token_threshold", "acceptance", "correction", "alternatives", "infill_length")
+    slots = {name: case[name] for name in names}
     return sampling, slots, hashed_language(VOCAB, peak=case["peak"], eos_id=EOS, eos_bonus=case["eos_bonus"])
 
 
@@ -85,6 +89,8 @@ def _reference(case: dict[str, Any]) -> Reference:
         token_threshold=slots["token_threshold"],
         accept_argmax=slots["acceptance"] == "argmax",
         corrects=slots["correction"] == "autoregressive",
+        alternatives=slots["alternatives"],
+        infill_length=slots["infill_length"],
         max_tokens=sampling.max_tokens,
         mask_id=MASK,
         eos_ids=[EOS],

@@ -66,14 +66,17 @@ def requests(draw: st.DrawFn) -> list[Request]:
 
 @st.composite
 def slot_settings(draw: st.DrawFn) -> SlotSettings:
-    slot_size = draw(st.integers(1, 4))
+    slot_size = draw(st.integers(1, 6))
+    correction = draw(st.sampled_from(["paper", "autoregressive"]))
     return SlotSettings(
         slot_size=slot_size,
         block_size=slot_size * draw(st.integers(1, 3)),
         slot_threshold=draw(st.sampled_from([0.0, 0.3, 0.9])),
         token_threshold=draw(st.sampled_from([0.0, 0.2, 0.4, 0.8])),
         acceptance=draw(st.sampled_from(["paper", "argmax"])),
-        correction=draw(st.sampled_from(["paper", "autoregressive"])),
+        correction=correction,
+        infill_length=draw(st.sampled_from([None, None, 1, 2, 4])),
+        alternatives=0 if correction == "paper" else draw(st.sampled_from([0, 1, 3])),
         max_candidates=draw(st.sampled_from([None, 0, 1, 2])),
         fuse_plan=draw(st.booleans()),
     )

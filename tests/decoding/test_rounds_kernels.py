@@ -83,14 +83,17 @@ def check_equal(plain: Side, kernels: Side) -> None:
         assert torch.equal(ours[name], expected), f"{name}: {ours[name].tolist()} is not {expected.tolist()}"
 
 
-def random_readout(num_rows: int, rng: np.random.Generator, agreement: float, eos: float) -> Readout:
+def random_readout(num_rows: int, rng: np.random.Generator, agreement: float, eos: float, num_runner_ups: int = 0) -> Readout:
     """A network that says anything; few distinct probabilities, so that ties and equal thresholds come up."""
     ids = np.where(rng.random(num_rows) < eos, rng.choice([0, 6], num_rows), rng.integers(2, 6, num_rows))
     levels = np.array([0.0, 0.3, 0.4, 0.5, 0.9, 1.0], dtype=np.float32)
     sure = rng.choice(levels, num_rows)
     given = np.where(rng.random(num_rows) < agreement, np.float32(0.95), rng.choice(levels, num_rows))
     is_argmax = rng.random(num_rows) < 0.3
-    return Readout(*(torch.from_numpy(part).to(DEVICE) for part in (ids.astype(np.int64), sure, given.astype(np.float32), is_argmax)))
+    # Next in a ring of few, so that corrections are often runner-ups, and as in a real readout never the token itself.
+    runner_ups = ((ids[:, None] + np.arange(1, num_runner_ups + 1)) % 7).astype(np.int64)
+    parts = (ids.astype(np.int64), sure, given.astype(np.float32), is_argmax, runner_ups)
+    return Readout(*(torch.from_numpy(part).to(DEVICE) for part in parts))
 
 
 def run_both(plain: Side, kernels: Side, max_tokens: int, seed: int, *, agreement: float, eos: float, max_candidates: int) -> set[int]:
@@ -112,9 +115,10 @@ def run_both(plain: Side, kernels: Side, max_tokens: int, seed: int, *, agreemen
             elif rng.random() < 0.02:
                 plain.rounds.retire(seat)
         running, start, candidates = int(rng.integers(1, num_seats + 1)), int(rng.integers(0, 4)), int(rng.integers(0, max_candidates + 1))
-        plain.lay_out(400, 0, running, candidates)
+        plain.lay_out(800, 0, running, candidates)
         num_rows = max(int(plain.spans.row_end[:running].max()), 1) + int(rng.integers(0, 5))
-        readout = random_readout(num_rows, rng, agreement, eos)
+        alternatives = plain.rounds.slots.alternatives if hasattr(plain.rounds, "slots") else 0
+        readout = random_readout(num_rows, rng, agreement, eos, alternatives)
         sides = (plain, kernels) if forward % AGING == AGING - 1 else (plain,)
         if kernels in sides:
             kernels.copy_from(plain)
@@ -135,11 +139,15 @@ def run_both(plain: Side, kernels: Side, max_tokens: int, seed: int, *, agreemen
 RULES = [("paper", "paper", True), ("argmax", "autoregressive", True), ("paper", "autoregressive", False), ("argmax", "paper", True)]
 
 
-@pytest.mark.parametrize("slot_size", [1, 3, 4, 8])
-@pytest.mark.parametrize("width", [1, 2, 3])
-def test_refusion_kernels_do_what_the_plain_rounds_do(width: int, slot_size: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "slot_size", "alternatives"),
+    [*((width, slot_size, 0) for width in (1, 2, 3) for slot_size in (1, 3, 4, 8)), (1, 8, 1), (1, 8, 2), (2, 4, 3), (1, 3, 2), (3, 8, 2)],
+)
+def test_refusion_kernels_do_what_the_plain_rounds_do(width: int, slot_size: int, alternatives: int) -> None:
     seed = width * 100 + slot_size
     acceptance, correction, fuse_plan = RULES[(width + (1, 3, 4, 8).index(slot_size)) % 4]
+    if alternatives:
+        seed, acceptance, correction, fuse_plan = seed + 1002, "paper", "autoregressive", slot_size != 3
     slots = SlotSettings(
         slot_size=slot_size,
         block_size=width * slot_size,
@@ -147,6 +155,8 @@ def test_refusion_kernels_do_what_the_plain_rounds_do(width: int, slot_size: int
         token_threshold=0.4,
         acceptance=acceptance,  # type: ignore[arg-type]
         correction=correction,  # type: ignore[arg-type]
+        alternatives=alternatives,
+        infill_length={(1, 8, 2): 3, (3, 8, 2): 4, (2, 4, 0): 2, (1, 8, 0): 5}.get((width, slot_size, alternatives)),
         fuse_plan=fuse_plan,
     )
     num_slots, num_seats = 3 * width, 3
@@ -160,7 +170,8 @@ def test_refusion_kernels_do_what_the_plain_rounds_do(width: int, slot_size: int
         for use_kernels in (False, True)
     )
     agreement, eos = ((0.8, 0.02), (0.6, 0.02), (0.4, 0.04))[seed % 3]
-    phases = run_both(plain, kernels, num_slots * slot_size, seed, agreement=agreement, eos=eos, max_candidates=slot_size)
+    most = slot_size // 2 if alternatives else slot_size
+    phases = run_both(plain, kernels, num_slots * slot_size, seed, agreement=agreement, eos=eos, max_candidates=most)
     assert VERIFY in phases
     assert slot_size < 8 or phases >= {PLAN, VERIFY, REMASK, INFILL}, "the draws are such that every kind of forward comes up"
 
@@ -168,7 +179,7 @@ def test_refusion_kernels_do_what_the_plain_rounds_do(width: int, slot_size: int
 def test_autoregressive_kernels_do_what_the_plain_rounds_do() -> None:
     num_seats = 5
     plain, kernels = (
-        Side(AutoregressiveRounds(num_seats, eos_ids=EOS_IDS, device=DEVICE, use_kernels=use_kernels, max_rows=500), num_seats)
+        Side(AutoregressiveRounds(num_seats, eos_ids=EOS_IDS, device=DEVICE, use_kernels=use_kernels, max_rows=1000), num_seats)
         for use_kernels in (False, True)
     )
     run_both(plain, kernels, 12, 5, agreement=0.5, eos=0.1, max_candidates=0)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from refusion.decoding.autoregressive import AutoregressiveDecoder
+from refusion.decoding.diffusion import decode
+from refusion.decoding.diffusion_params import BlockDiffusionParams, DiffusionParams, MaskedDiffusionParams
 from refusion.decoding.forward import ForwardFn
 from refusion.decoding.params import SamplingParams, SlotSettings
 from refusion.decoding.refusion import ReFusionDecoder
@@ -21,6 +23,10 @@ from refusion.engine.settings import EngineSettings
 
 MASK, EOS = 5, 2
 SLOTS = SlotSettings(slot_size=4, block_size=8, slot_threshold=0.3, token_threshold=0.1)
+DIFFUSION: dict[str, DiffusionParams] = {
+    "masked_diffusion": MaskedDiffusionParams(block_size=6, steps=4),
+    "block_diffusion": BlockDiffusionParams(block_size=4, threshold=0.3),
+}
 COSTS = CostTable((1, 64), (1.0, 1.0))
 
 
@@ -38,6 +44,7 @@ def new_request(
     *,
     decoder: str = "refusion",
     slots: SlotSettings = SLOTS,
+    diffusion: DiffusionParams | None = None,
     eos_ids: tuple[int, ...] = (EOS,),
     index: int = 0,
     on_event: Any = None,
@@ -50,7 +57,8 @@ def new_request(
         sampling=SamplingParams(**({"max_tokens": 16} | sampling)),
         eos_ids=eos_ids,
         decoder=decoder,
-        slots=None if decoder == "autoregressive" else slots,
+        slots=slots if decoder in ("refusion", "auto") else None,
+        diffusion=diffusion or DIFFUSION.get(decoder),
         index=index,
         on_answer=answers.append,
         on_event=on_event,
@@ -68,12 +76,16 @@ class Plain:
     def __call__(self, new: NewRequest, decoder: str | None = None) -> tuple[list[int], int]:
         """Tokens and number of forwards."""
         decoder = decoder or new.decoder
-        key = (tuple(new.prompt_ids), new.sampling, new.eos_ids, decoder, new.slots)
+        key = (tuple(new.prompt_ids), new.sampling, new.eos_ids, decoder, new.slots, new.diffusion)
         if key not in self.known:
             self.known[key] = self._decode(new, decoder)
         return self.known[key]
 
     def _decode(self, new: NewRequest, name: str) -> tuple[list[int], int]:
+        if name in DIFFUSION:
+            assert new.diffusion is not None
+            trace = decode(self.forward, new.prompt_ids, new.diffusion, new.sampling, mask_id=MASK, eos_ids=new.eos_ids)
+            return trace.token_ids, trace.num_forwards
         eos_ids = torch.tensor(new.eos_ids)
         if name == "autoregressive":
             decoder = AutoregressiveDecoder(self.forward, new.sampling, eos_ids=eos_ids)

@@ -117,8 +117,9 @@ def test_what_is_learned_does_not_depend_on_the_number_used(new_engine: Callable
     assert found[0] == pytest.approx(found[1])
 
 
+@pytest.mark.parametrize(("alternatives", "infill_length"), [(0, None), (2, None), (2, 3)])
 @pytest.mark.parametrize("width", [1, 3])
-def test_rows_by_table_are_those_the_layout_needs(width: int) -> None:
+def test_rows_by_table_are_those_the_layout_needs(width: int, alternatives: int, infill_length: int | None) -> None:
     columns, draw = ReportColumns(width, 8), np.random.default_rng(0)
     reports = np.zeros((500, columns.total), dtype=np.int32)
     phase = draw.choice([PLAN, VERIFY, REMASK, INFILL, DONE], 500)
@@ -129,9 +130,10 @@ def test_rows_by_table_are_those_the_layout_needs(width: int) -> None:
     planned[phase == REMASK] = 0
     first = columns.agenda + AGENDA
     reports[:, first : first + width], reports[:, first + width : first + 2 * width] = verified, planned
-    demand = Demand(columns)
+    slots = SlotSettings(slot_size=8, alternatives=alternatives, infill_length=infill_length)
+    demand = Demand(columns, slots)
     for candidates in (0, 1, 4, 7, 20):
-        needed = rows_needed(reports[:, columns.agenda : first + 2 * width], 8, min(candidates, 7))
+        needed = rows_needed(reports[:, columns.agenda : first + 2 * width], slots, min(candidates, 7))
         for size in (0, 1, 500):
             assert demand.total(reports[:size], candidates) == needed[:size].sum()
 

@@ -96,7 +96,7 @@ def test_shapes_hold_what_they_are_asked_for() -> None:
 def test_the_shapes_made_ready_cover_every_number_of_requests(kind: str, num_requests: int) -> None:
     candidates = Candidates(lambda: COSTS, 4096)
     key = lane_key(new_request([7], [], decoder=kind, slots=SlotSettings(slot_size=16)), kind)
-    load = Expected(num_requests=num_requests, prompt_tokens=300, most_seats=128, prompt_rows=2048, decode_rows=4096)
+    load = Expected(num_requests=num_requests, prompt_tokens=300, answer_tokens=64, most_seats=128, prompt_rows=2048, decode_rows=4096)
     found = list(wanted_shapes(key, candidates, load))
     assert len(found) == len(set(found)) <= 250
     for count in range(1, num_requests + 1):

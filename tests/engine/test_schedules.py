@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
+from refusion.decoding.diffusion_params import BlockDiffusionParams, MaskedDiffusionParams
 from refusion.decoding.params import SlotSettings
 from refusion.engine.core import Engine
 from refusion.engine.network import FlatNetwork
@@ -23,6 +24,11 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"decoder": "refusion", "slots": SlotSettings(slot_size=3, block_size=3, acceptance="paper", correction="paper")},
     {"decoder": "autoregressive"},
     {"decoder": "autoregressive", "temperature": 1.0},
+    {"decoder": "masked_diffusion"},
+    {"decoder": "masked_diffusion", "diffusion": MaskedDiffusionParams(block_size=5, threshold=0.3, cache="prefix", early_stop=True)},
+    {"decoder": "masked_diffusion", "diffusion": MaskedDiffusionParams(block_size=6, steps=2, cache="dual"), "temperature": 1.0},
+    {"decoder": "block_diffusion", "temperature": 1.0},
+    {"decoder": "block_diffusion", "diffusion": BlockDiffusionParams(block_size=3, steps=2, fuse_commit=False)},
 )
 LIMITS = (
     {"cache_tokens": 48, "max_num_seqs": 4, "max_prompt_rows": 5},
@@ -112,7 +118,7 @@ def test_a_rush_of_requests_is_served_from_too_few_pages(machine: type[Schedules
     schedules.start(limits=LIMITS[seed])
     before = dict(seen)
     for _ in range(12):
-        for _ in range(draw.randint(0, 4)):
+        for _ in range(draw.randint(0, 7)):
             end = [draw.randint(30, 33) for _ in range(draw.randint(1, 3))]
             schedules.ask(draw.choice(BEGINNINGS), end, draw.choice(KINDS), draw.choice((1, 7, 16, 23)), draw.randint(0, 2))
         schedules.step(draw.randint(1, 6))

@@ -97,6 +97,21 @@ def test_refusion_generates_and_bounds_likelihoods(roomy_model_dir: Path, tmp_pa
     assert all(log_prob < 0 for row in found["tiny_choose"] for ((log_prob, _),) in row)
 
 
+@pytest.mark.parametrize(("decoder", "settings"), [("masked_diffusion", {"steps": 4}), ("block_diffusion", {"threshold": 0.5})])
+def test_diffusion_decoders_generate_and_bound_likelihoods(
+    roomy_model_dir: Path, tmp_path: Path, decoder: str, settings: dict[str, Any]
+) -> None:
+    arguments = {"pretrained": str(roomy_model_dir), "dtype": "float32", "likelihood_samples": 4, "decoder": decoder, "block_size": 8}
+    found = evaluate("refusion", arguments | settings, task_files(tmp_path))
+    assert all(isinstance(resps[0][0], str) for resps in found["tiny_write"])
+    assert all(log_prob < 0 for row in found["tiny_choose"] for ((log_prob, _),) in row)
+    lm = ReFusionLM(str(roomy_model_dir), device="cpu", decoder=decoder, block_size=8, **settings)
+    # A task may bring slot settings; they mean nothing here.
+    (output,) = lm.answer(["Why?"], {"until": [], "max_gen_toks": 6, "slot_size": 4})
+    assert output.decoder == decoder
+    assert lm.get_model_info()["diffusion"]["block_size"] == 8
+
+
 @pytest.fixture(scope="module")
 def lm(roomy_model_dir: Path) -> ReFusionLM:
     return ReFusionLM(str(roomy_model_dir), dtype="float32", device="cpu", slot_size=4, likelihood_samples=3)
@@ -149,6 +164,8 @@ def test_a_prompt_without_room_for_the_answer_loses_its_beginning(tiny_model_dir
 def test_bad_arguments_are_one_clear_line(roomy_model_dir: Path, lm: ReFusionLM, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown model argument 'decodr'; did you mean decoder"):
         ReFusionLM(str(roomy_model_dir), decodr="x")
+    with pytest.raises(ConfigError, match="unknown model argument 'slot_size'"):
+        ReFusionLM(str(roomy_model_dir), decoder="block_diffusion", slot_size=4)
     with pytest.raises(ConfigError, match="unknown decoder 'magic'"):
         ReFusionLM(str(roomy_model_dir), decoder="magic")
     with pytest.raises(ConfigError, match="unknown generation option 'top_k'"):

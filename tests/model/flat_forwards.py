@@ -26,6 +26,8 @@ class Seat:
 CHAIN = [(0, rank, NO_PARENT, 0, 1) for rank in range(3)]  # drafts of the chosen slots
 PLAN = [(1, rank, TRUNK, 0, 0) for rank in range(4)]  # masks of the next plan, behind all drafts
 GROUPS = [(2 + cut, rank, 0, cut, 0) for cut in (1, 2) for rank in range(cut, 4)]  # masks of an infill, behind the first `cut` drafts
+TWO_WAY = [(0, 0, NO_PARENT, 0, 0)] * 9  # equal ranks: everything sees everything, as in masked diffusion
+BLOCKS = [(0, place // 4, NO_PARENT, 0, 0) for place in range(10)]  # bidirectional inside a block, causal between blocks
 LONE = [(0, 0, NO_PARENT, 0, 0)]  # the last token of an autoregressive decoder
 
 

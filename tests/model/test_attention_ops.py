@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flat_forwards import CHAIN, GROUPS, LONE, PLAN, Seat, dense, forward_of
+from flat_forwards import BLOCKS, CHAIN, GROUPS, LONE, PLAN, TWO_WAY, Seat, dense, forward_of
 
 from refusion.model import attention_ops
 from refusion.model.attention_ops import attend, prepare, rotate_and_store, store_rows
@@ -10,6 +10,7 @@ from refusion.model.attention_ops import attend, prepare, rotate_and_store, stor
 BATCHES = {
     "one seat": [Seat(37, 0, CHAIN + PLAN)],
     "lone rows": [Seat(17, 0, LONE), Seat(), Seat(16, 0, LONE)],
+    "equal ranks": [Seat(21, 0, TWO_WAY), Seat(0, 0, BLOCKS), Seat(), Seat(9, 0, BLOCKS)],
     "first forward": [Seat(0, 19, PLAN)],
     "all kinds": [Seat(0, 5, CHAIN), Seat(1, 0, CHAIN + GROUPS), Seat(15, 40), Seat(100, 3, CHAIN + PLAN + GROUPS), Seat(16)],
 }

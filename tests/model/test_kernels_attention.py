@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from flat_forwards import CHAIN, GROUPS, LONE, PLAN, Forward, Seat, dense, forward_of
+from flat_forwards import BLOCKS, CHAIN, GROUPS, LONE, PLAN, TWO_WAY, Forward, Seat, dense, forward_of
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, whose own functions read it too
@@ -32,7 +32,8 @@ RAGGED = [
 PROMPTS = [Seat(0, 1), Seat(0, 21), Seat(17, 9), Seat()]
 BOTH = [Seat(0, 18, PLAN), Seat(20, 3, CHAIN + PLAN), Seat(5, 2), Seat(33, 0, CHAIN)]
 ALONE = [Seat(length, 0, LONE) for length in (1, 31, 0, 32, 33)]
-BATCHES = {"decode": RAGGED, "prompt": PROMPTS, "both": BOTH, "autoregressive": ALONE}
+EQUAL_RANKS = [Seat(17, 0, TWO_WAY), Seat(0, 0, TWO_WAY), Seat(33, 0, BLOCKS), Seat(), Seat(0, 0, BLOCKS)]
+BATCHES = {"decode": RAGGED, "prompt": PROMPTS, "both": BOTH, "autoregressive": ALONE, "equal ranks": EQUAL_RANKS}
 
 
 def run(

@@ -48,6 +48,7 @@ class Case:
 def is_equal(found: ops.Readout, expected: ops.Readout, rtol: float = 1e-4) -> None:
     assert torch.equal(found.token_ids, expected.token_ids)
     assert torch.equal(found.given_is_argmax, expected.given_is_argmax)
+    assert torch.equal(found.runner_ups, expected.runner_ups)
     torch.testing.assert_close(found.confidence, expected.confidence, rtol=rtol, atol=1e-7)
     torch.testing.assert_close(found.given_probability, expected.given_probability, rtol=rtol, atol=1e-7)
 
@@ -57,7 +58,10 @@ def is_equal(found: ops.Readout, expected: ops.Readout, rtol: float = 1e-4) -> N
 def test_readout_is_that_of_the_plain_twin(name: str, num_rows: int) -> None:
     case = Case(num_rows)
     arguments = (case.x, *case.norm, case.weight, case.bias_banned, case.given_ids)
-    is_equal(readout(*arguments, config=CONFIGS[name]), ops.readout(*arguments))
+    for num_runner_ups in (0, 1, 3):
+        expected = ops.readout(*arguments, num_runner_ups)
+        assert expected.runner_ups.shape == (num_rows, num_runner_ups)
+        is_equal(readout(*arguments, num_runner_ups, config=CONFIGS[name]), expected)
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8"])
@@ -81,12 +85,13 @@ def test_bfloat16_rows_agree_with_exact_logits() -> None:
 def test_ties_go_to_the_lowest_id_within_and_across_tiles(name: str) -> None:
     case = Case(2)
     case.x[:] = 1.0
-    case.norm = (torch.ones_like(case.norm[0]), EPS)
+    case.norm = (torch.ones_like(case.norm[0]), 0.0)
     case.weight[:] = 0.0
     case.weight[[9, 40, 41, 70]] = 0.25  # sums of quarters are exact
     case.given_ids = torch.tensor([41, 9], dtype=torch.int32, device=DEVICE)
-    found = readout(case.x, *case.norm, case.weight, case.bias_banned, case.given_ids, config=CONFIGS[name])
+    found = readout(case.x, *case.norm, case.weight, case.bias_banned, case.given_ids, 3, config=CONFIGS[name])
     assert found.token_ids.tolist() == [9, 9]
+    assert found.runner_ups.tolist() == [[40, 41, 70]] * 2
     assert found.given_is_argmax.tolist() == [False, True]
     torch.testing.assert_close(found.given_probability, found.confidence)  # equal logits, equal probabilities
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from flat_forwards import CHAIN, GROUPS, PLAN, Seat, forward_of
+from flat_forwards import BLOCKS, CHAIN, GROUPS, PLAN, TWO_WAY, Seat, forward_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +38,12 @@ def test_prompt_rows_see_each_other_causally_and_decode_rows_see_them_all() -> N
     forward = forward_of([Seat(5, 3, CHAIN[:2])], padding=(1, 1))
     picture = ["".join("x" if cell else "." for cell in row) for row in may_see(forward.rows).tolist()]
     assert picture == ["x......", "xx.....", "xxx....", ".......", "xxx.x..", "xxx.xx.", "......."]
+
+
+def test_rows_of_equal_rank_see_one_another() -> None:
+    forward = forward_of([Seat(2, 0, TWO_WAY[:3]), Seat(0, 0, BLOCKS[2:7])], padding=(0, 1))
+    picture = ["".join("x" if cell else "." for cell in row) for row in may_see(forward.rows).tolist()]
+    assert picture == ["xxx......"] * 3 + ["...xx...."] * 2 + ["...xxxxx."] * 3 + ["........."]
 
 
 def test_seats_never_see_each_other() -> None:

@@ -19,6 +19,12 @@ def test_a_segment_is_causal_by_rank_whatever_the_order_of_its_tokens() -> None:
     assert picture(segments((0, 1, NO_PARENT, 0, 0), (0, 0, NO_PARENT, 0, 0), (0, 2, NO_PARENT, 0, 0))) == ["xx.", ".x.", "xxx"]
 
 
+def test_tokens_of_equal_rank_see_one_another() -> None:
+    assert picture(segments(*[(0, 0, NO_PARENT, 0, 0)] * 3)) == ["xxx"] * 3
+    blocks = [(0, rank, NO_PARENT, 0, 0) for rank in (4, 4, 5)]  # bidirectional inside a block, causal between blocks
+    assert picture(segments(*blocks)) == ["xx.", "xx.", "xxx"]
+
+
 def test_segments_do_not_see_one_another_without_a_parent() -> None:
     assert picture(segments((0, 0, NO_PARENT, 0, 0), (1, 0, NO_PARENT, 0, 0))) == ["x.", ".x"]
 

@@ -102,5 +102,15 @@ def test_targets_are_the_labels_of_the_rows_in_whole_chunks(examples: Examples) 
     assert torch.equal(batch["target_weights"][real], batch["weights"].flatten()[index])
 
 
+def test_targets_are_filled_up_with_tokens_of_their_own(examples: Examples) -> None:
+    """Indexing adds up the gradients of repeated tokens one after the other."""
+    batch = PackedBatches(_schedule(examples), chunk_size=128).micro_batch(0, 0)
+    assert (batch["target_weights"] == 0).any()
+    assert len(batch["target_index"].unique()) == len(batch["target_index"])
+    few = PackedBatches(_schedule(examples), chunk_size=4096).micro_batch(0, 0)
+    assert len(few["target_index"]) == 4096
+    assert few["target_index"].max() < few["input_ids"].numel(), "four rows of 128 tokens cannot fill a chunk; the rest repeats one"
+
+
 def _rows(batch: Batch) -> list[list[int]]:
     return sorted(batch["input_ids"].tolist())

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from refusion.errors import ConfigError
 from refusion.slots import AR_TERM, IGNORED, MDM_TERM, SlotRow, row_generator
 from refusion.training.attention import FLEX_NAME, block_mask, visibility
 from refusion.training.base import toy_config
@@ -197,6 +198,26 @@ def test_planned_and_shortest_lengths_bound_the_rows(name: str) -> None:
         row = layout.row(0, i, prompt, answer)
         assert shortest_lengths(objective, *lengths)[0] <= len(row.input_ids) <= layout.lengths(0, np.array([i]), *lengths)[0]
         assert set(np.unique(row.terms)) <= {0, AR_TERM, MDM_TERM}
+
+
+@pytest.mark.parametrize("name", ["masked_diffusion", "block_diffusion"])
+def test_padded_answers_end_in_as_many_eos_as_fill_a_region(name: str) -> None:
+    objective = ObjectiveSettings(name=name, pad_answers=8)  # pyright: ignore[reportArgumentType]
+    layout = make_layout(objective, mask_token_id=MASK, seed=0, pack_length=256)
+    plain = make_layout(ObjectiveSettings(name=name), mask_token_id=MASK, seed=0, pack_length=256)  # pyright: ignore[reportArgumentType]
+    for length in (1, 7, 8, 9, 20):
+        prompt, answer = _pair(3, length)
+        padded = np.concatenate([answer, np.repeat(answer[-1], -length % 8)])
+        row, expected = layout.row(0, length, prompt, answer), plain.row(0, length, prompt, padded)
+        for field in ("input_ids", "labels", "weights", "visible", "group", "position_ids"):
+            assert np.array_equal(getattr(row, field), getattr(expected, field)), field
+        lengths = np.array([3]), np.array([length])
+        assert layout.lengths(0, np.array([0]), *lengths)[0] == shortest_lengths(objective, *lengths)[0] == len(row.input_ids)
+
+
+def test_padding_is_for_objectives_that_fill_regions() -> None:
+    with pytest.raises(ConfigError, match=r"objective\.pad_answers = 8 must be left out: it has no effect on the autoregressive objective"):
+        ObjectiveSettings(name="autoregressive", pad_answers=8)
 
 
 def _objective(name: str) -> ObjectiveSettings:

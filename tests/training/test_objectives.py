@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from refusion.slots import autoregressive_row, permute_slots, row_generator, serial_row
 from refusion.training import hybrid_loss
-from refusion.training.attention import FLEX_NAME, dense_mask, visibility
+from refusion.training.attention import FLEX_NAME, TILE, block_mask, dense_mask, visibility
 from refusion.training.batches import pack_batch
 from refusion.training.cross_entropy import linear_cross_entropy
+from refusion.training.layouts import block_diffusion_row, masked_diffusion_row
 from refusion.training.objectives import LossSettings, bind_objective, packed_loss
 
 TOLERANCE = 2e-5  # float32 sums in another order
@@ -87,6 +89,40 @@ def test_visibility_follows_its_definition() -> None:
         in_group = group[r, i] == group[r, j] and group[r, i] > 0 and j <= i and start[r, i] == start[r, j]
         assert seen[r, i, j].item() == (start[r, i] <= j < visible[r, i] or in_group)
     assert seen.diagonal(dim1=1, dim2=2).all(), "every token, padding too, sees itself: no empty softmax"
+
+
+@pytest.mark.parametrize("length", [256, 320, 200], ids=["whole tiles", "half a tile", "a ragged end"])
+def test_tiles_of_flex_attention_are_those_of_the_visibility(length: int) -> None:
+    """Needed tiles are exactly those that hold a pair; a tile that skips the mask holds nothing else."""
+    rows = [
+        [_autoregressive(3, 190, 9)],  # one document longer than a tile: full tiles below the diagonal
+        [_serial(5, 40, 0), _permuted(3, 60, 1)],
+        [_bidirectional(4, 150), _blocks(3, 20)],
+        [_blocks(30, 80), _autoregressive(4, 9)],
+        [],
+    ]
+    batch = pack_batch(rows, length, pad_id=2)
+    start, visible, group = batch["start"], batch["visible"], batch["group"]
+    seen = torch.zeros(len(rows), -(-length // TILE) * TILE, -(-length // TILE) * TILE, dtype=torch.bool)
+    seen[:, :length, :length] = visibility(start, visible, group)
+    tiles = seen.unflatten(1, (-1, TILE)).unflatten(3, (-1, TILE)).transpose(2, 3)  # [R, Q, K, G, G]
+    mask = block_mask(start, visible, group)
+    partial, full = _tile_set(mask.kv_num_blocks, mask.kv_indices), _tile_set(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert not (partial & full).any()
+    assert torch.equal(partial | full, tiles.flatten(3).any(-1))
+    assert (full <= tiles.flatten(3).all(-1)).all()
+    assert full.any() or length == 200
+    index = torch.arange(length)
+    row = torch.arange(len(rows)).view(-1, 1, 1)
+    assert torch.equal(mask.mask_mod(row, torch.tensor(0), index.view(-1, 1), index), seen[:, :length, :length])
+
+
+def test_a_group_that_is_torn_apart_is_no_layout() -> None:
+    row = _serial(3, 20, 0)
+    with pytest.raises(AssertionError, match="a group is torn apart"):
+        pack_batch(
+            [[dataclasses.replace(row, group=np.where(row.group == 2, 1, row.group) * (np.arange(len(row.group)) % 5 > 0))]], 64, pad_id=2
+        )
 
 
 @pytest.mark.parametrize("layout", ["permuted", "serial", "autoregressive", "mixed"])
@@ -225,3 +261,17 @@ def _serial(num_prompt: int, length: int, seed: int = 0) -> Any:
 
 def _autoregressive(num_prompt: int, length: int, seed: int = 0) -> Any:
     return autoregressive_row(*_ids(num_prompt, length, seed))
+
+
+def _bidirectional(num_prompt: int, length: int, seed: int = 0) -> Any:
+    return masked_diffusion_row(*_ids(num_prompt, length, seed), mask_token_id=2, generator=row_generator(0, 0, seed))
+
+
+def _blocks(num_prompt: int, length: int, seed: int = 0) -> Any:
+    return block_diffusion_row(*_ids(num_prompt, length, seed), mask_token_id=2, generator=row_generator(0, 0, seed), block_size=16)
+
+
+def _tile_set(counts: Tensor, indices: Tensor) -> Tensor:
+    """[R, Q, K] bool from the ordered form: the first counts[r, 0, q] of indices[r, 0, q]."""
+    is_listed = torch.arange(indices.shape[-1]) < counts.unsqueeze(-1)
+    return torch.zeros(indices.shape, dtype=torch.bool).scatter(-1, indices.long(), is_listed).squeeze(1)

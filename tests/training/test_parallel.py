@@ -15,10 +15,10 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from refusion.errors import ConfigError
-from refusion.training import arguments, trainer
+from refusion.training import arguments, objectives, trainer
 from refusion.training.base import toy_config
 from refusion.training.checkpoints import checkpoints
 from refusion.training.recipe import Recipe
@@ -90,6 +90,37 @@ def test_fsdp_gives_the_weights_of_one_process_killed_and_resumed(
         shutil.rmtree(tmp_path / "2" / "final")
 
 
+def test_fsdp_in_bfloat16_rounds_weights_alone(
+    tmp_path: Path, small_recipe: Build, final_weights: Weights, fsdp_on_cpu: pytest.MonkeyPatch
+) -> None:
+    """accelerate's own policy would also round the batch's weights and normalisers, the loss and the sums of gradients."""
+    base = tmp_path / "base"
+    config = toy_config()
+    config.mask_token_id = 2
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(base)
+    options = {"model": {"base": str(base), "precision": "bfloat16", "residual": "bfloat16"}, "optimizer": OPTIMIZER}
+    train(small_recipe(**options), output=tmp_path / "1", report=lambda line: None)
+    packed_loss = objectives.packed_loss
+
+    def checking(model: Any, batch: Any, *args: Any) -> Any:
+        assert {batch[name].dtype for name in ("target_weights", "ar_normaliser", "mdm_normaliser")} == {torch.float32}
+        assert {parameter.dtype for parameter in model.parameters()} <= {torch.bfloat16, torch.float32}
+        terms = packed_loss(model, batch, *args)
+        assert {term.dtype for term in terms.values()} == {torch.float32}
+        return terms
+
+    with fsdp_on_cpu.context() as patch:
+        patch.setattr(objectives, "packed_loss", checking)
+        assert _train_in_processes(small_recipe(**options, parallel={"name": "fsdp"}), tmp_path / "2") == [0, 0]
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    alone, sharded = final_weights(tmp_path / "1"), final_weights(tmp_path / "2")
+    for name, value in alone.items():
+        # Rounding differs where a weight is gathered in bfloat16 that autocast leaves alone (norms, embedding).
+        moved = (value - before[name]).norm()
+        assert (sharded[name] - value).norm() < 0.1 * moved, name
+
+
 @pytest.fixture
 def fsdp_on_cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """accelerate shards on accelerators only, though gloo can; without this it would quietly train whole models."""
@@ -99,6 +130,8 @@ def fsdp_on_cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         plain(self, *args, **kwargs)
         if kwargs.get("fsdp_plugin") is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, kwargs["fsdp_plugin"]
+            if self._mixed_precision != "no":
+                self.fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
     monkeypatch.setattr(AcceleratorState, "__init__", init)
     monkeypatch.setattr(arguments, "require_gpus_for_fsdp", lambda: None)

@@ -12,15 +12,14 @@ from transformers import LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from refusion.errors import ConfigError
 from refusion.training import trainer
+from refusion.training.activations import COMPILED_SHARE, activation_bytes, kept_storages
 from refusion.training.base import load_base, toy_config
 from refusion.training.network import num_trained_weights, prepare_model
 from refusion.training.plan import (
     Hardware,
-    activation_bytes,
     flops_per_token,
     format_plan,
     hardware_at_hand,
-    kept_storages,
     make_plan,
     matrix_weights,
     memory_advice,
@@ -30,7 +29,7 @@ from refusion.training.run import train
 
 Build = Callable[..., Recipe]
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-CPU = Hardware(device="cpu", memory_bytes=10**10, flops=1e11)
+CPU = Hardware(device="cpu", memory_bytes=10**10, flops=1e11, bytes_per_second=1e10)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -52,6 +51,26 @@ def test_activations_are_those_that_a_real_forward_keeps(small_recipe: Build, ki
     recipe = small_recipe(data={"pack_length": 256})
     planned = activation_bytes(recipe, 2, 2 if precision == "bfloat16" else 4, config)
     assert planned == pytest.approx(measured, rel=0.1)
+
+
+def test_compiled_layers_keep_the_share_that_the_plan_assumes() -> None:
+    """The partition that torch.compile makes of a layer of SmolLM2-135M's width, without code generation."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config: Any = type(toy_config())(**{**toy_config().to_dict(), **shape, "num_hidden_layers": 1, "head_dim": 64})
+    model = LlamaForCausalLM(config)
+    layer = model.model.layers[0]
+    hidden = torch.randn(1, 256, 576, requires_grad=True)
+    rotation = model.model.rotary_emb(hidden, torch.arange(256).unsqueeze(0))
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept_bytes = {}
+    for backend in ("eager", "aot_eager_decomp_partition"):
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, dynamic=False, backend=backend)
+        with kept_storages() as kept, torch.autocast("cpu", torch.bfloat16):
+            compiled(hidden, position_embeddings=rotation)
+        tensors = [(size, tensor) for storage, (size, tensor) in kept.items() if storage not in own]
+        kept_bytes[backend] = sum(size for size, tensor in tensors if not (tensor.dim() == 2 and 256 not in tensor.shape))  # but weights
+    assert kept_bytes["aot_eager_decomp_partition"] / kept_bytes["eager"] == pytest.approx(COMPILED_SHARE, abs=0.04)
 
 
 def test_weights_gradients_and_optimizer_are_those_of_a_real_step(small_recipe: Build, tmp_path: Path) -> None:
@@ -98,7 +117,7 @@ def test_checkpointing_and_accumulation_lower_the_activations(small_recipe: Buil
 
 def test_what_to_lower_is_named_until_it_fits(small_recipe: Build) -> None:
     recipe = small_recipe(data={"rows_per_step": 64, "pack_length": 1024})
-    small = Hardware(device="cpu", memory_bytes=760_000_000, flops=1e11)
+    small = Hardware(device="cpu", memory_bytes=760_000_000, flops=1e11, bytes_per_second=1e10)
     plan = make_plan(recipe, small)
     advice = memory_advice(recipe, small)
     assert not plan.fits
@@ -114,8 +133,12 @@ def test_too_little_memory_while_training_says_what_to_lower(small_recipe: Build
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer.RefusionTrainer, "compute_loss", full)
-    with pytest.raises(ConfigError, match=r"out of memory: raise data\.accumulation .*model\.gradient_checkpointing.*`--plan`"):
+    advice = r"out of memory: raise data\.accumulation .*model\.gradient_checkpointing.*`--plan`"
+    with pytest.raises(ConfigError, match=advice):
         train(small_recipe(), output=tmp_path, report=lambda line: None)
+    monkeypatch.setattr("refusion.training.run.prepare_model", full)  # when the model does not even fit the device
+    with pytest.raises(ConfigError, match=advice):
+        train(small_recipe(), output=tmp_path / "other", report=lambda line: None)
 
 
 def test_the_recipe_for_eight_gpus_fits_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,11 +146,11 @@ def test_the_recipe_for_eight_gpus_fits_them(monkeypatch: pytest.MonkeyPatch) ->
     config = Qwen3Config(**shape, num_key_value_heads=8, head_dim=128, vocab_size=151_936, tie_word_embeddings=False)
     monkeypatch.setattr("refusion.training.plan.base_config", lambda settings: config)
     recipe = load_recipe(RECIPES / "qwen3-8b.toml")
-    h100 = Hardware(device="cuda", memory_bytes=80 * 10**9, flops=7.8e14, num_processes=8)
+    h100 = Hardware(device="cuda", memory_bytes=80 * 10**9, flops=7.8e14, bytes_per_second=2.8e12, num_processes=8)
     plan = make_plan(recipe, h100)
     assert plan.parameters == pytest.approx(8.19e9, rel=0.01)
     assert plan.fits, format_plan(recipe, plan, [])
-    alone = make_plan(recipe, Hardware(device="cuda", memory_bytes=80 * 10**9, flops=7.8e14))
+    alone = make_plan(recipe, Hardware(device="cuda", memory_bytes=80 * 10**9, flops=7.8e14, bytes_per_second=2.8e12))
     assert not alone.fits
 
 
@@ -135,3 +158,4 @@ def test_the_hardware_at_hand_is_found() -> None:
     found = hardware_at_hand()
     assert found.memory_bytes > 10**8
     assert found.flops > 10**8
+    assert found.bytes_per_second > 10**8

@@ -9,7 +9,7 @@ import pytest
 from refusion.errors import ConfigError
 from refusion.training.recipe import Recipe, Source, changed_settings, load_recipe
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.toml"))
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.toml"))
 MINIMAL = '[model]\nbase = "toy"\n[data]\nsources = [{ toy = 5 }]\n[optimizer]\nlearning_rate = 1e-3\n[run]\noutput = "x"\n'
 
 
@@ -23,6 +23,15 @@ def minimal(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_of_the_repository_loads(path: Path) -> None:
     assert isinstance(load_recipe(path), Recipe)
+
+
+def test_the_recipes_of_the_comparison_differ_in_the_objective_alone() -> None:
+    recipes = [load_recipe(path) for path in RECIPES if path.parent.name == "comparison"]
+    assert sorted(recipe.objective.name for recipe in recipes) == ["autoregressive", "block_diffusion", "masked_diffusion", "refusion"]
+    for recipe in recipes:
+        changed = changed_settings(recipes[0].to_table(), recipe.to_table())
+        assert all(name.startswith("objective.") or name == "run.output" for name in changed)
+        assert recipe.run.output == f"runs/comparison/{recipe.objective.name}-0"
 
 
 def test_the_paper_recipe_is_the_papers() -> None:

@@ -125,7 +125,11 @@ def test_a_killed_and_resumed_run_has_the_weights_of_an_unbroken_one(
 def test_a_run_killed_again_and_again_at_any_time_ends_with_the_same_weights(
     tmp_path: Path, recipe: Recipe, unbroken: dict[str, Tensor], final_weights: Weights
 ) -> None:
-    delays = torch.empty(3).uniform_(0.3, 1.2, generator=torch.Generator().manual_seed(0)).tolist()
+    started = time.perf_counter()
+    assert _train_in_a_child(recipe, tmp_path / "timed", lambda: None) == 0
+    whole = time.perf_counter() - started
+    delays = (whole * torch.empty(3).uniform_(0.2, 0.9, generator=torch.Generator().manual_seed(0))).tolist()
+    tmp_path = tmp_path / "killed"
     signals = [_train_in_a_child(recipe, tmp_path, lambda: None, delay=delay) for delay in delays]
     assert signal.SIGKILL in signals
     if not (tmp_path / "final").exists():
@@ -187,6 +191,28 @@ def test_a_write_that_the_system_refuses_is_one_line_and_loses_nothing(tmp_path:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert [p.name for p in tmp_path.glob("*checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_disk_too_full_for_the_final_model_is_one_line_and_loses_nothing(tmp_path: Path, small_recipe: Build) -> None:
+    recipe = small_recipe(run={"save_steps": 2})
+    write = export._write_final
+
+    def limited(*args: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        write(*args)
+
+    child = os.fork()
+    if child == 0:
+        export._write_final = limited
+        try:
+            train(recipe, output=tmp_path, report=lambda line: None)
+        except CheckpointError as error:
+            os._exit(0 if str(error).startswith(f"cannot write {tmp_path}/final: ") and "\n" not in str(error) else 3)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert [p.name for p in tmp_path.iterdir() if "final" in p.name] == []
+    assert train(recipe, output=tmp_path, resume=True, report=lambda line: None).model == str(tmp_path / "final")
 
 
 def test_loader_processes_of_a_killed_run_end_with_it(tmp_path: Path, small_recipe: Build) -> None:

@@ -63,6 +63,57 @@ def test_accumulated_micro_batches_equal_one_big_batch(
         torch.testing.assert_close(split[name], value, atol=2e-5, rtol=1e-4)
 
 
+def test_gradient_checkpointing_changes_no_weight(tmp_path: Path, small_recipe: Build, final_weights: Weights) -> None:
+    for again in (False, True):
+        _train(small_recipe(model={"gradient_checkpointing": again}, objective={"distill": 0.5}), tmp_path / str(again))
+    kept, computed = final_weights(tmp_path / "False"), final_weights(tmp_path / "True")
+    assert all(torch.equal(kept[name], computed[name]) for name in kept)
+
+
+@pytest.mark.parametrize("objective", [{"distill": 0.5}, {"name": "block_diffusion", "block_size": 8}], ids=["refusion", "block diffusion"])
+def test_a_compiled_run_has_the_weights_of_a_plain_one_and_compiles_every_part_once(
+    tmp_path: Path, small_recipe: Build, final_weights: Weights, monkeypatch: pytest.MonkeyPatch, objective: dict[str, object]
+) -> None:
+    """What is traced is that of a GPU; only the code generation is left out, for it takes a minute."""
+    plain_compile = torch.compile
+
+    def compile_without_code(function: object, **options: object) -> object:
+        return plain_compile(function, **{**options, "backend": "aot_eager_decomp_partition"})  # pyright: ignore
+
+    optimizer = {"epsilon": 1e-3, "schedule": "constant"}  # Adam blows rounding up where gradients are near 0
+    _train(small_recipe(objective=objective, optimizer=optimizer, run={"max_steps": 6}), tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", compile_without_code)
+    monkeypatch.setattr("refusion.training.cross_entropy._compiled", None)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    _train(small_recipe(model={"compile": True}, objective=objective, optimizer=optimizer, run={"max_steps": 6}), tmp_path / "compiled")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    plain, compiled = final_weights(tmp_path / "plain"), final_weights(tmp_path / "compiled")
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, atol=2e-5, rtol=1e-4)
+    # Layer, final norm and loss chunk; with a teacher its layer and norm, and the chunk with its logits.
+    assert graphs <= (9 if "distill" in objective else 3), graphs
+
+
+def test_residuals_in_bfloat16_train_nearly_the_same_and_need_bfloat16(tmp_path: Path, small_recipe: Build) -> None:
+    losses = [
+        _train(small_recipe(model={"precision": "bfloat16", "residual": residual}, run={"max_steps": 10}), tmp_path / residual).loss
+        for residual in ("float32", "bfloat16")
+    ]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    with pytest.raises(ConfigError, match=r"model\.residual = 'bfloat16' has no effect in float32"):
+        _train(small_recipe(model={"residual": "bfloat16"}), tmp_path / "refused")
+
+
+def test_the_report_says_how_full_the_packed_rows_are(tmp_path: Path, small_recipe: Build) -> None:
+    """Documents of 3 tokens fill rows of 8 with two each: 6 of 8, and the last of five has a row alone."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt_ids": [3], "answer_ids": [10, 1]}\n' * 5)
+    recipe = small_recipe(data={"sources": [str(rows)], "pack_length": 8, "rows_per_step": 1}, objective={"name": "autoregressive"})
+    assert _train(recipe, tmp_path / "run").packed_share == pytest.approx(15 / 24)
+
+
 def test_loader_processes_do_not_change_a_run(tmp_path: Path, small_recipe: Build, final_weights: Weights) -> None:
     for workers in (0, 2):
         _train(small_recipe(data={"num_workers": workers, "accumulation": 2}), tmp_path / str(workers))
@@ -317,6 +368,34 @@ def test_a_base_without_mask_token_is_refused(tmp_path: Path, small_recipe: Buil
     model.save_pretrained(tmp_path / "base")
     with pytest.raises(CheckpointError, match=r"has no mask token; set model\.mask_token or add one with `refusion convert`"):
         _train(small_recipe(model={"base": str(tmp_path / "base")}), tmp_path / "run")
+
+
+def test_a_mask_token_that_the_tokenizer_lacks_is_refused(tmp_path: Path, small_recipe: Build, tiny_model_dir: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    config = json.loads((base / "config.json").read_text())
+    del config["mask_token_id"]
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"has no token '<blank>'; choose another model\.mask_token"):
+        load_base(small_recipe(model={"base": str(base), "mask_token": "<blank>"}).model)
+
+
+def test_resuming_unpickles_nothing(tmp_path: Path, small_recipe: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small_recipe(run={"save_steps": 2, "keep_checkpoints": 2})
+    _train(recipe, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    loaded: list[str] = []
+    load = torch.load
+
+    def checked(path: object, *args: object, **kwargs: object) -> object:
+        assert kwargs.get("weights_only", True) is not False, path
+        loaded.append(Path(str(path)).name)
+        return load(path, *args, **{**kwargs, "weights_only": True})  # pyright: ignore
+
+    monkeypatch.setattr(torch, "load", checked)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0")
+    assert train(recipe, output=tmp_path, resume=True, report=lambda line: None).steps == 4
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth"} <= set(loaded)
 
 
 def _train(recipe: Recipe, run_dir: Path) -> TrainingReport:

@@ -9,6 +9,7 @@ from refusion.decoding.events import Event
 from refusion.engine.stream import AnswerStream
 
 if TYPE_CHECKING:
+    from refusion.decoding.diffusion_params import DiffusionParams
     from refusion.decoding.params import SamplingParams, SlotParams
     from refusion.llm import LLM, Prompt, RequestOutput
 
@@ -74,7 +75,15 @@ def make_display(llm: LLM, sampling: SamplingParams, *, watch: bool) -> Display:
     return LiveSlots(llm.tokenizer, {*llm.eos_ids(), *sampling.stop_token_ids}, sampling.max_tokens)
 
 
-def answer(llm: LLM, prompt: Prompt, sampling: SamplingParams, slots: SlotParams, decoder: str, display: Display) -> RequestOutput:
+def answer(
+    llm: LLM,
+    prompt: Prompt,
+    sampling: SamplingParams,
+    slots: SlotParams,
+    decoder: str,
+    display: Display,
+    diffusion: DiffusionParams | None = None,
+) -> RequestOutput:
     """Decode one prompt into a display. On Ctrl-C the display gets what was final by then, and `Interrupted` is raised."""
     assert llm.tokenizer is not None, "checked when the model was loaded"
     stream = AnswerStream(llm.tokenizer, sampling, llm.eos_ids())
@@ -83,7 +92,7 @@ def answer(llm: LLM, prompt: Prompt, sampling: SamplingParams, slots: SlotParams
         display.show(event, stream.push(event))
 
     try:
-        output = llm.generate([prompt], sampling, slots, decoder, on_event=on_event)[0]
+        output = llm.generate([prompt], sampling, slots, decoder, diffusion=diffusion, on_event=on_event)[0]
     except KeyboardInterrupt as error:
         display.end(stream.text)
         raise Interrupted(stream.text) from error

@@ -13,11 +13,12 @@ from refusion.errors import RequestError
 from refusion.hub import DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    from refusion.decoding.diffusion_params import DiffusionParams
     from refusion.decoding.params import SamplingParams, SlotParams
     from refusion.llm import LLM
 
 _HELP = """/reset     forget the conversation
-/decoder   switch between plan and infill and one token per forward
+/decoder   switch between the decoder of the command and one token per forward
 /quit      leave (so does Ctrl-D)
 Ctrl-C     stop an answer; what is there of it stays in the conversation"""
 
@@ -38,6 +39,12 @@ def command(
     token_threshold: options.TokenThreshold = None,
     acceptance: options.Acceptance = None,
     correction: options.Correction = None,
+    alternatives: options.Alternatives = None,
+    infill_length: options.InfillLength = None,
+    steps: options.Steps = None,
+    threshold: options.Threshold = None,
+    block_cache: options.BlockCache = None,
+    early_stop: options.EarlyStop = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     quantization: options.Quantization = None,
@@ -53,14 +60,19 @@ def command(
     printf 'My name is Ada.\\nWhat is my name?\\n' | refusion chat
     """
     sampling = options.sampling_params(max_tokens, temperature, top_p, seed, stop)
-    slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction)
+    diffusion = options.diffusion_params(decoder, block_size, steps, threshold, block_cache, early_stop)
+    slot_block = block_size if diffusion is None else None
+    slots = options.slot_params(
+        slot_size, slot_block, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives, infill_length
+    )
+    options.refuse_slots(decoder, slots)
     engine = options.engine_settings(cache_tokens)
     with options.interruptible():
         llm = options.load(model, device, dtype, engine, quantization)
-        chat = Chat(llm, sampling, slots, decoder.value, watch=watch)
+        chat = Chat(llm, sampling, slots, decoder.value, diffusion, watch=watch)
         is_terminal = sys.stdin.isatty()
         if is_terminal:
-            typer.echo(f"{model}, {options.slots_text(options.resolve_slots(slots, llm))}; /help for help", err=True)
+            typer.echo(f"{model}, {options.settings_text(chat.settings, chat.used)}; /help for help", err=True)
         for line in _lines(is_terminal):
             if line == "/quit":
                 return
@@ -80,8 +92,19 @@ def _take(chat: Chat, line: str, is_terminal: bool) -> None:
 class Chat:
     """A conversation: its turns and how answers are written."""
 
-    def __init__(self, llm: LLM, sampling: SamplingParams, slots: SlotParams, decoder: str, *, watch: bool = False) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        sampling: SamplingParams,
+        slots: SlotParams,
+        decoder: str,
+        diffusion: DiffusionParams | None = None,
+        *,
+        watch: bool = False,
+    ) -> None:
         self.llm, self.sampling, self.slots, self.decoder, self.watch = llm, sampling, slots, decoder, watch
+        self.diffusion, self.used = diffusion, llm.resolve_diffusion(decoder, diffusion)
+        self._parallel = "refusion" if decoder == "autoregressive" else decoder
         self.settings = options.resolve_slots(slots, llm)
         self.messages: list[dict[str, str]] = []
 
@@ -93,7 +116,7 @@ class Chat:
             self.messages = []
             typer.echo("the conversation is forgotten", err=True)
         elif line == "/decoder":
-            self.decoder = "refusion" if self.decoder == "autoregressive" else "autoregressive"
+            self.decoder = self._parallel if self.decoder == "autoregressive" else "autoregressive"
             typer.echo(f"decoder: {self.decoder}", err=True)
         elif line.startswith("/"):
             typer.echo(f"unknown command {line}; /help lists them", err=True)
@@ -106,9 +129,9 @@ class Chat:
 
         messages = self._fitting([*self.messages, {"role": "user", "content": question}])
         try:
-            output = answer(
-                self.llm, messages, self.sampling, self.slots, self.decoder, make_display(self.llm, self.sampling, watch=self.watch)
-            )
+            display = make_display(self.llm, self.sampling, watch=self.watch)
+            diffusion = None if self.decoder == "autoregressive" else self.diffusion
+            output = answer(self.llm, messages, self.sampling, self.slots, self.decoder, display, diffusion)
         except Interrupted as interrupted:
             if not sys.stdin.isatty():
                 raise
@@ -116,7 +139,7 @@ class Chat:
             typer.echo("stopped", err=True)
         else:
             text = output.text
-            typer.echo(options.summary(output, self.settings), err=True)
+            typer.echo(options.summary(output, self.settings, self.used), err=True)
         self.messages = [*messages, {"role": "assistant", "content": text}]
 
     def _fitting(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -33,7 +33,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
         return {
-            "refusion": {"model": self.model, **options.output_dict(self.refusion), "slots": options.slots_dict(self.slots)},
+            "refusion": {"model": self.model, **options.output_dict(self.refusion), "slots": options.settings_dict(self.slots)},
             "autoregressive": {"model": self.base, **options.output_dict(self.autoregressive)},
         }
 

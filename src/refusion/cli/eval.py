@@ -45,6 +45,12 @@ def command(
     token_threshold: options.TokenThreshold = None,
     acceptance: options.Acceptance = None,
     correction: options.Correction = None,
+    alternatives: options.Alternatives = None,
+    infill_length: options.InfillLength = None,
+    steps: options.Steps = None,
+    threshold: options.Threshold = None,
+    block_cache: options.BlockCache = None,
+    early_stop: options.EarlyStop = False,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Result file; answers go to FILE's .samples folder. Default: eval-MODEL-DECODER.json."),
@@ -63,15 +69,21 @@ def command(
     refusion eval --tasks gsm8k,humaneval --data benchmarks-data --limit 20
     refusion eval --setting one --slot-size 16 --block-size 64 --output one.json
     refusion eval --decoder autoregressive --model smollm2-135m --output base.json
+    refusion eval --decoder block_diffusion --model runs/blocks/final --threshold 0.9 --output blocks.json
     refusion eval --output one.json --setting one --slot-size 16 --block-size 64 --resume
     """
-    slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction)
+    diffusion = options.diffusion_params(decoder, block_size, steps, threshold, block_cache, early_stop)
+    slot_block = block_size if diffusion is None else None
+    slots = options.slot_params(
+        slot_size, slot_block, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives, infill_length
+    )
+    options.refuse_slots(decoder, slots)
     with options.usage_errors():
         from refusion.evaluation.suite import SuiteSettings, run_suite, samples_directory
 
         settings = SuiteSettings(
             suite=suite, tasks=_names(tasks), data=data, limit=limit, decoder=decoder.value, setting=setting.value, slots=slots,
-            batch_size=batch_size, seed=seed,
+            diffusion=diffusion, batch_size=batch_size, seed=seed,
         )  # fmt: skip
     target = output or Path(f"eval-{Path(model).name}-{decoder.value}.json")
     with _interruptible(samples_directory(target)):

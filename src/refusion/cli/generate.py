@@ -35,6 +35,12 @@ def command(
     token_threshold: options.TokenThreshold = None,
     acceptance: options.Acceptance = None,
     correction: options.Correction = None,
+    alternatives: options.Alternatives = None,
+    infill_length: options.InfillLength = None,
+    steps: options.Steps = None,
+    threshold: options.Threshold = None,
+    block_cache: options.BlockCache = None,
+    early_stop: options.EarlyStop = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     quantization: options.Quantization = None,
@@ -47,10 +53,16 @@ def command(
     refusion generate --compare "Write a JSON object with three cities and their countries."
     refusion generate --watch --slot-size 8 --block-size 32 "Count from 1 to 20."
     echo "List five fruits." | refusion generate --json -
+    refusion generate --model runs/llada/final --decoder masked_diffusion --threshold 0.9 --early-stop "Why is the sky blue?"
     refusion generate --raw --temperature 0.8 --seed 7 --stop "." "Once upon a time"
     """
     sampling = options.sampling_params(max_tokens, temperature, top_p, seed, stop)
-    slots = options.slot_params(slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction)
+    diffusion = options.diffusion_params(decoder, block_size, steps, threshold, block_cache, early_stop)
+    slot_block = block_size if diffusion is None else None
+    slots = options.slot_params(
+        slot_size, slot_block, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives, infill_length
+    )
+    options.refuse_slots(decoder, slots)
     engine = options.engine_settings(cache_tokens)
     options.refuse_together({"--compare": compare, "--watch": watch})
     options.refuse_together({"--compare": compare, "--quantization": quantization is not None})
@@ -70,12 +82,14 @@ def command(
             options.print_json(comparison.to_dict()) if as_json else comparison.print()
             return
         display = NoText() if as_json else make_display(llm, sampling, watch=watch)
-        output = answer(llm, request, sampling, slots, decoder.value, display)
+        output = answer(llm, request, sampling, slots, decoder.value, display, diffusion)
+        used = llm.resolve_diffusion(decoder.value, diffusion)
     if as_json:
-        slots_used = {"slots": options.slots_dict(settings)} if output.decoder == "refusion" else {}
-        options.print_json({"model": model, "decoder": output.decoder, **options.output_dict(output), **slots_used})
+        shown = {"slots": options.settings_dict(settings)} if output.decoder == "refusion" else {}
+        shown |= {"diffusion": options.settings_dict(used)} if used is not None else {}
+        options.print_json({"model": model, "decoder": output.decoder, **options.output_dict(output), **shown})
     else:
-        typer.echo(options.summary(output, settings), err=True)
+        typer.echo(options.summary(output, settings, used), err=True)
 
 
 def _read(prompt: str) -> str:

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("refusion.cli.convert:command", "Give a Qwen3 or Llama checkpoint a mask token, merge an adapter."),
     "synthesize": ("refusion.cli.synthesize:command", "Let the base model write training data."),
     "train": ("refusion.cli.train:command", "Train a ReFusion model from a recipe."),
+    "bench": ("refusion.cli.bench:command", "Measure a checkpoint on this machine: speed of every decoder."),
     "eval": ("refusion.cli.eval:command", "Run the paper's benchmarks."),
 }
 """Verb -> (module:attribute, line in the list). The attribute is a function with Typer annotations, or a Typer app of its own."""
@@ -35,6 +36,7 @@ _EXTRAS = {
     "tensorboard": "train",
     "datasets": "eval",
     "lm_eval": "eval",
+    "matplotlib": "plot",
     "fastapi": "serve",
     "uvicorn": "serve",
 }

@@ -13,6 +13,7 @@ import typer
 from refusion.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from refusion.decoding.diffusion_params import DiffusionParams
     from refusion.decoding.params import SamplingParams, SlotParams, SlotSettings
     from refusion.engine.settings import EngineSettings
     from refusion.llm import LLM, RequestOutput
@@ -24,6 +25,19 @@ class DecoderName(StrEnum):
     refusion = "refusion"
     autoregressive = "autoregressive"
     auto = "auto"
+    masked_diffusion = "masked_diffusion"
+    block_diffusion = "block_diffusion"
+
+
+DIFFUSION = (DecoderName.masked_diffusion, DecoderName.block_diffusion)
+
+
+class BlockCacheName(StrEnum):
+    """What masked diffusion does not compute again within a block."""
+
+    none = "none"
+    prefix = "prefix"
+    dual = "dual"
 
 
 class AcceptanceName(StrEnum):
@@ -55,11 +69,19 @@ class QuantizationName(StrEnum):
 
 
 Model = Annotated[str, typer.Option(help="Named model (`refusion models list`) or directory of a checkpoint.")]
-Decoder = Annotated[DecoderName, typer.Option(help="Plan and infill slots, write one token per forward, or (auto) what is faster here.")]
-SlotSize = Annotated[
-    int | None, typer.Option(help="Tokens in a slot; this and the next six are the model's own for the device where left out.")
+Decoder = Annotated[
+    DecoderName,
+    typer.Option(
+        help="Plan and infill slots, write one token per forward, or (auto) what is faster here; masked and block diffusion are baselines "
+        "for models trained that way."
+    ),
 ]
-BlockSize = Annotated[int | None, typer.Option(help="Tokens in a serial block, a multiple of the slot size.")]
+SlotSize = Annotated[
+    int | None, typer.Option(help="Tokens in a slot; this and the next eight are the model's own for the device where left out.")
+]
+BlockSize = Annotated[
+    int | None, typer.Option(help="Tokens in a serial block, a multiple of the slot size; in a block of a diffusion decoder.")
+]
 SerialBlocks = Annotated[int | None, typer.Option(help="Serial blocks the answer is cut into, instead of --block-size.")]
 SlotThreshold = Annotated[float | None, typer.Option(help="Plan the slots whose first token is more probable, 0 to 1.")]
 TokenThreshold = Annotated[float | None, typer.Option(help="Keep drafted tokens that are more probable, 0 to 1.")]
@@ -71,6 +93,14 @@ Correction = Annotated[
     CorrectionName | None,
     typer.Option(help="Replace the first draft that fails by the next mask prediction (paper) or by the token that judged it."),
 ]
+Alternatives = Annotated[
+    int | None, typer.Option(help="Runner-ups of each draft that are tried beside it, 0 to 3; they may replace it without another forward.")
+]
+InfillLength = Annotated[int | None, typer.Option(help="Tokens drafted at most behind a draft that failed.")]
+Steps = Annotated[int | None, typer.Option(help="Diffusion decoders: forwards of a block, 1 to the block size.")]
+Threshold = Annotated[float | None, typer.Option(help="Diffusion decoders, instead of --steps: commit what is more probable, 0 to 1.")]
+BlockCache = Annotated[BlockCacheName | None, typer.Option(help="Masked diffusion: reuse keys and values within a block, approximately.")]
+EarlyStop = Annotated[bool, typer.Option("--early-stop", help="Masked diffusion: stop once an EOS has everything before it written.")]
 MaxTokens = Annotated[int, typer.Option(help="Most new tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the most probable token.")]
 TopP = Annotated[float, typer.Option(help="Draw from the most probable tokens with this much probability together.")]
@@ -100,6 +130,8 @@ def slot_params(
     token_threshold: float | None,
     acceptance: AcceptanceName | None,
     correction: CorrectionName | None,
+    alternatives: int | None,
+    infill_length: int | None,
 ) -> SlotParams:
     """Checked settings of the slot flags; a value out of range is a usage error."""
     from refusion.decoding.params import SlotParams
@@ -113,7 +145,47 @@ def slot_params(
             token_threshold=token_threshold,
             acceptance=acceptance.value if acceptance else None,
             correction=correction.value if correction else None,
+            alternatives=alternatives,
+            infill_length=infill_length,
         )
+
+
+def diffusion_params(
+    decoder: DecoderName,
+    block_size: int | None,
+    steps: int | None,
+    threshold: float | None,
+    block_cache: BlockCacheName | None,
+    early_stop: bool,
+) -> DiffusionParams | None:
+    """Checked settings of a diffusion decoder, None for the others; a flag that has no effect on the decoder is a usage error."""
+    is_masked = decoder is DecoderName.masked_diffusion
+    given = {"block_size": block_size, "steps": steps, "threshold": threshold, "block_cache": block_cache, "early_stop": early_stop or None}
+    allowed = {"block_size"} if decoder not in DIFFUSION else given.keys() if is_masked else {"block_size", "steps", "threshold"}
+    with usage_errors():
+        _refuse_without_effect(decoder, [name for name, value in given.items() if value is not None and name not in allowed])
+        if decoder not in DIFFUSION:
+            return None
+        from refusion.decoding.diffusion_params import BlockDiffusionParams, MaskedDiffusionParams
+
+        if not is_masked:
+            return BlockDiffusionParams(block_size=block_size, steps=steps, threshold=threshold)
+        size = {} if block_size is None else {"block_size": block_size}
+        cache = block_cache.value if block_cache else "none"
+        return MaskedDiffusionParams(**size, steps=steps, threshold=threshold, cache=cache, early_stop=early_stop)
+
+
+def refuse_slots(decoder: DecoderName, slots: SlotParams) -> None:
+    """Slot flags of a diffusion decoder are a usage error."""
+    from dataclasses import asdict
+
+    with usage_errors():
+        _refuse_without_effect(decoder, [name for name, value in asdict(slots).items() if decoder in DIFFUSION and value is not None])
+
+
+def _refuse_without_effect(decoder: DecoderName, names: list[str]) -> None:
+    if names:
+        raise ConfigError(f"{names[0]} has no effect on --decoder {decoder.value}; leave it out")
 
 
 def refuse_together(flags: dict[str, bool]) -> None:
@@ -181,19 +253,37 @@ def resolve_slots(slots: SlotParams, llm: LLM) -> SlotSettings:
         return llm.resolve_slots(slots)
 
 
-def summary(output: RequestOutput, slots: SlotSettings) -> str:
-    """One line on what an answer cost; `slots` counts where slots were decoded."""
+def summary(output: RequestOutput, slots: SlotSettings, diffusion: DiffusionParams | None = None) -> str:
+    """One line on what an answer cost; `slots` counts where slots were decoded, `diffusion` holds the settings of a diffusion decoder."""
     stats = output.stats
     cost = f"{stats.num_tokens} tokens in {stats.num_forwards} forwards ({stats.tokens_per_forward:.2f} tokens per forward)"
-    how = "autoregressive" if output.decoder == "autoregressive" else slots_text(slots)
+    how = "autoregressive" if output.decoder == "autoregressive" else settings_text(slots, diffusion)
     return f"{cost}, {stats.tokens_per_second:.1f} tokens/s; {how}"
+
+
+def settings_text(slots: SlotSettings, diffusion: DiffusionParams | None) -> str:
+    """The settings that count in words."""
+    if diffusion is None:
+        return slots_text(slots)
+    from refusion.decoding.diffusion_params import MaskedDiffusionParams
+
+    kind, extras = "block", []
+    if isinstance(diffusion, MaskedDiffusionParams):
+        kind = "masked"
+        extras += [f"{diffusion.cache} cache"] if diffusion.cache != "none" else []
+        extras += ["early stop"] if diffusion.early_stop else []
+    pace = f"threshold {diffusion.threshold:g}" if diffusion.threshold is not None else f"{diffusion.steps_per_block} steps a block"
+    return ", ".join([f"{kind} diffusion in blocks of {diffusion.block_size}", pace, *extras])
 
 
 def slots_text(slots: SlotSettings) -> str:
     """Slot settings in words."""
     cut = f"{slots.serial_blocks} serial blocks" if slots.serial_blocks else f"blocks of {slots.block_size or slots.slot_size}"
     thresholds = f"thresholds {slots.slot_threshold:g}/{slots.token_threshold:g}"
-    return f"slots of {slots.slot_size} in {cut}, {thresholds}, {slots.acceptance} acceptance, {slots.correction} correction"
+    rules = f"{slots.acceptance} acceptance, {slots.correction} correction"
+    tried = f", {slots.alternatives} alternative{'s' * (slots.alternatives > 1)}" if slots.alternatives else ""
+    drafted = f", {slots.infill_length} tokens behind a failed draft" if slots.infill_length else ""
+    return f"slots of {slots.slot_size} in {cut}, {thresholds}, {rules}{tried}{drafted}"
 
 
 def output_dict(output: RequestOutput) -> dict[str, Any]:
@@ -212,11 +302,11 @@ def output_dict(output: RequestOutput) -> dict[str, Any]:
     }
 
 
-def slots_dict(slots: SlotSettings) -> dict[str, Any]:
-    """Slot settings, for --json."""
+def settings_dict(settings: SlotSettings | DiffusionParams) -> dict[str, Any]:
+    """Settings of a decoder, for --json."""
     from dataclasses import asdict
 
-    return asdict(slots)
+    return asdict(settings)
 
 
 def print_json(content: dict[str, Any]) -> None:

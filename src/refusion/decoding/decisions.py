@@ -4,11 +4,24 @@ Pure and of fixed shape: a host loop and a loop on the device call the same func
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 # B = requests, W = slots of the current block, K = tokens per slot
+
+
+SlotScore = Literal["first", "mean"]
+
+
+def slot_scores(certainty: Tensor, kind: SlotScore = "first") -> Tensor:
+    """[B, W] how sure a plan is of its slots, from how sure it is of their tokens [B, W, K].
+
+    first: of the first token, as published; mean: of all of them. Certainty is the probability of the draft, or, for scores by entropy,
+    exp(-entropy) of its distribution.
+    """
+    return certainty[:, :, 0] if kind == "first" else certainty.mean(dim=2)
 
 
 def choose_slots(scores: Tensor, is_candidate: Tensor, threshold: float) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from refusion.decoding.sampling import Draw, draw_tokens, filtered_log_probs
 from refusion.model.cache import KVCache
+from refusion.model.ops import next_best
 from refusion.model.segments import Segments
 
 # B = requests, T = new tokens of one forward, R = rows that are read, V = vocabulary
@@ -28,16 +29,18 @@ class ForwardBatch:
     is_read: Tensor  # [B, T] bool
     given_ids: Tensor  # [B, T] the token whose probability is wanted at this row; 0 where none is
     draw: Draw
+    num_runner_ups: int = 0  # how many are wanted of each row
 
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """What one forward tells, per new token [B, T]; rows that were not read hold zeros."""
+    """What one forward tells, per new token [B, T] (flat: [T]); rows that were not read hold zeros."""
 
     token_ids: Tensor  # the drawn (greedy: most probable) token
     confidence: Tensor  # its probability, float32
     given_probability: Tensor  # probability of the given token, float32
     given_is_argmax: Tensor  # bool
+    runner_ups: Tensor  # [B, T, R] the most probable tokens but the drawn one, falling; R as many as were asked for
 
 
 class ForwardFn(Protocol):
@@ -85,10 +88,16 @@ class EagerForward:
         )
         read = hidden[request, place]
         parts = [
-            readout_logits(self.network.lm_head(read[start : start + ROWS_AT_ONCE]).float(), self.banned_ids, batch.draw, rows.part(start))
+            readout_logits(
+                self.network.lm_head(read[start : start + ROWS_AT_ONCE]).float(),
+                self.banned_ids,
+                batch.draw,
+                rows.part(start),
+                batch.num_runner_ups,
+            )
             for start in range(0, len(request), ROWS_AT_ONCE)  # no part at all where nobody reads: verifying the last slot of one token
         ]
-        return _scatter(parts, request, place, batch.token_ids)
+        return _scatter(parts, request, place, batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +114,7 @@ class Rows:
         return Rows(self.seeds[start:stop], self.attempts[start:stop], self.positions[start:stop], self.given_ids[start:stop])
 
 
-def readout_logits(logits: Tensor, banned_ids: Tensor, draw: Draw, rows: Rows) -> Readout:
+def readout_logits(logits: Tensor, banned_ids: Tensor, draw: Draw, rows: Rows, num_runner_ups: int = 0) -> Readout:
     """Readout [R] of float32 logits [R, V], which are overwritten. Banned ids get probability 0."""
     logits.index_fill_(1, banned_ids, -torch.inf)
     best = logits.argmax(dim=1)
@@ -119,14 +128,15 @@ def readout_logits(logits: Tensor, banned_ids: Tensor, draw: Draw, rows: Rows) -
         chosen = draw_tokens(log_probs, rows.seeds, rows.positions, rows.attempts)
         log_chosen = log_probs.gather(1, chosen[:, None])[:, 0]
         log_given = log_probs.gather(1, rows.given_ids[:, None])[:, 0]
-    return Readout(chosen, log_chosen.exp(), log_given.exp(), best == rows.given_ids)
+    runner_ups = next_best(logits, chosen, num_runner_ups)
+    return Readout(chosen, log_chosen.exp(), log_given.exp(), best == rows.given_ids, runner_ups)
 
 
-def _scatter(parts: list[Readout], request: Tensor, place: Tensor, like: Tensor) -> Readout:
+def _scatter(parts: list[Readout], request: Tensor, place: Tensor, batch: ForwardBatch) -> Readout:
     """Rows [R] back to the shape [B, T] of the batch."""
 
-    def spread(name: str, dtype: torch.dtype) -> Tensor:
-        whole = torch.zeros(like.shape, dtype=dtype, device=like.device)
+    def spread(name: str, dtype: torch.dtype, *more: int) -> Tensor:
+        whole = torch.zeros((*batch.token_ids.shape, *more), dtype=dtype, device=batch.token_ids.device)
         if parts:
             whole[request, place] = torch.cat([getattr(part, name) for part in parts])
         return whole
@@ -136,4 +146,5 @@ def _scatter(parts: list[Readout], request: Tensor, place: Tensor, like: Tensor)
         confidence=spread("confidence", torch.float32),
         given_probability=spread("given_probability", torch.float32),
         given_is_argmax=spread("given_is_argmax", torch.bool),
+        runner_ups=spread("runner_ups", torch.long, batch.num_runner_ups),
     )

@@ -7,7 +7,10 @@ cells of all grids side by side.
   while infilling every slot stands alone.
 - plan [W, K]: masks of the slots still open (or of the next block) that see all drafts: the next plan, should everything be accepted.
 - solo [W, K]: copies of the chosen slots but the first that do not see their siblings, for the infill groups of a verify forward.
-- groups [W, A, K]: for each accepted length, masks from there to the end of the slot, seeing exactly that prefix: the next drafts.
+- groups [W, C + 1, K]: for each accepted length, masks from there to the end of the slot (or `infill_length` of them), seeing exactly
+  that prefix: the next drafts.
+- alternatives [W, A, R, K]: for each of the first accepted lengths and each runner-up of the draft that would fail there, that token and
+  masks behind it: the next drafts, should the runner-up be the correction.
 """
 
 # torch leaves the types of tolist and split open
@@ -18,11 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refusion.decoding.params import SlotSettings
+from refusion.decoding.params import ALTERNATIVE_LENGTHS, SlotSettings
 from refusion.decoding.state import CHOSEN, INFILL, OPEN, PLAN, REMASK, VERIFY, DecodeState
 from refusion.model.segments import NO_PARENT, TRUNK
 
-# B = requests, W = slots of a block, K = tokens per slot, A = candidate lengths + 1, P = longest prompt
+# B = requests, W = slots of a block, K = tokens per slot, C = candidate lengths, A = those with alternatives, R = alternatives
+# P = longest prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +66,21 @@ def build_grids(
     drafts = state.token_ids.gather(1, window[:, :, None].expand(-1, -1, slots.slot_size))
     verified = torch.where(is_chosen, state.lengths.gather(1, window), 0)
     plan_slots, is_planned = planned_slots(state, window, slots.fuse_plan)
-    cells = _Cells(state, slots.slot_size, num_candidates, mask_id, window, is_chosen, drafts, verified)
+    cells = _Cells(state, slots, num_candidates, mask_id, window, is_chosen, drafts, verified)
+    num_tried = min(ALTERNATIVE_LENGTHS, num_candidates) if slots.alternatives else 0
     grids = {"drafts": cells.drafts(), "plan": cells.plan(plan_slots, is_planned)}
     shapes: dict[str, tuple[int, ...]] = {"drafts": (width, slots.slot_size), "plan": (width, slots.slot_size)}
     if num_candidates > 0 and width > 1:
         grids["solo"], shapes["solo"] = cells.solo(), (width, slots.slot_size)
     grids["groups"], shapes["groups"] = cells.groups(), (width, num_candidates + 1, slots.slot_size)
+    segments = 2 * width + 1 + width * (num_candidates + 1)  # so many numbers are taken by now
+    if num_tried:
+        runner_ups = state.runner_ups.gather(1, window[:, :, None, None].expand(-1, -1, *state.runner_ups.shape[2:]))
+        shapes["alternatives"] = (width, num_tried, slots.alternatives, slots.slot_size)
+        grids["alternatives"] = cells.alternatives(runner_ups, num_tried, segments)
+        segments += width * num_tried * slots.alternatives
     if prompts is not None:
-        grids["prompt"], shapes["prompt"] = _prompt(state, prompts, 2 * width + 1 + width * (num_candidates + 1)), (prompts.shape[1],)
+        grids["prompt"], shapes["prompt"] = _prompt(state, prompts, segments), (prompts.shape[1],)
     return Grids(grids, shapes, window, plan_slots, is_planned)
 
 
@@ -93,7 +104,7 @@ class _Cells:
     def __init__(
         self,
         state: DecodeState,
-        slot_size: int,
+        slots: SlotSettings,
         num_candidates: int,
         mask_id: int,
         window: Tensor,
@@ -102,34 +113,39 @@ class _Cells:
         verified: Tensor,
     ) -> None:
         self.mask_id, self.is_chosen, self.token_ids, self.verified = mask_id, is_chosen, drafts, verified
-        self.width, self.slot_size, self.num_candidates = window.shape[1], slot_size, num_candidates
+        self.width, self.slot_size, self.num_candidates = window.shape[1], slots.slot_size, num_candidates
+        self.most_masks = slots.most_masks
         self.device = drafts.device
         self.phase = state.phase[:, None, None]  # [B, 1, 1]
         self.prompt_lengths = state.prompt_lengths[:, None, None]
-        self.place = torch.arange(slot_size, device=drafts.device)  # [K]
+        self.place = torch.arange(slots.slot_size, device=drafts.device)  # [K]
         self.slot = torch.arange(self.width, device=drafts.device)[:, None]  # [W, 1]
         self.positions = self._positions(window)
         self.is_first = is_chosen & (is_chosen.cumsum(dim=1) == 1)  # [B, W] the first chosen slot: its chain sees no sibling
-        self.is_unfinished = is_chosen & (verified < slot_size)
+        self.is_unfinished = is_chosen & (verified < slots.slot_size)
 
     def _positions(self, slots: Tensor) -> Tensor:
         """[B, W, K] positions of slots [B, W]."""
         return self.prompt_lengths + slots[:, :, None] * self.slot_size + self.place
 
     def drafts(self) -> Grid:
+        """Row j judges token j + 1; the last row names the first token of the next slot."""
         is_chain = self.phase == VERIFY
         in_slot = self.is_chosen[:, :, None].expand_as(self.token_ids)
         is_needed = in_slot & (is_chain | (self.phase == INFILL) | ((self.phase == REMASK) & (self.place < self.verified[:, :, None])))
         chain_rank = in_slot.flatten(1).cumsum(dim=1).view_as(self.token_ids) - 1
         following = torch.cat((self.token_ids[:, :, 1:], self.token_ids[:, :, :1]), dim=2)
-        is_judge = (self.place < self.slot_size - 1) & (is_chain | (self.phase == INFILL))  # row j judges token j + 1
+        is_judging = is_chain | (self.phase == INFILL)
+        is_judge = (self.place < self.slot_size - 1) & is_judging
+        # In a remask forward the last token that stands may be an alternative that was not tried ahead: its row names the next one.
+        is_last = (self.phase == REMASK) & (self.place == self.verified[:, :, None] - 1)
         return self._grid(
             self.token_ids,
             self.positions,
             segment=torch.where(is_chain, 0, self.slot.expand(-1, self.slot_size)),
             rank=torch.where(is_chain, chain_rank, self.place),
             is_trunk=(is_chain | (self.phase == INFILL)).expand_as(self.token_ids),
-            is_read=is_judge,
+            is_read=(is_judging | is_last).expand_as(self.token_ids),
             given_ids=torch.where(is_judge, following, 0),
             is_needed=is_needed,
         )
@@ -159,27 +175,56 @@ class _Cells:
 
     def groups(self) -> Grid:
         """Candidate 0 keeps the verified length (the masks of a two-pass infill turn); candidate a expects `a` tokens more."""
-        shape = (*self.token_ids.shape[:2], self.num_candidates + 1, self.slot_size)
+        shape = (*self.token_ids.shape[:2], self.num_candidates + 1, self.slot_size)  # [B, W, C + 1, K]
         candidate = torch.arange(self.num_candidates + 1, device=self.device)
-        length = self.verified[:, :, None] + candidate  # [B, W, A]
+        length = self.verified[:, :, None] + candidate  # [B, W, C + 1]
         phase = self.phase[..., None]
         is_wanted = torch.where(candidate[:, None] == 0, phase == REMASK, (phase == VERIFY) | (phase == INFILL))
-        is_needed = self.is_unfinished[:, :, None, None] & is_wanted & (self.place >= length[..., None])
+        is_needed = self.is_unfinished[:, :, None, None] & is_wanted & self._in_group(length[..., None], self.most_masks)
         base = 2 * self.width + 1
-        segment = base + (self.slot * (self.num_candidates + 1) + candidate)[:, :, None]  # [W, A, 1]
-        # In a verify forward the first slot's prefix is the chain itself, the others' a copy; otherwise every slot stands alone.
-        in_verify = torch.where(self.is_first, 0, self.width + 1 + self.slot[:, 0])  # [B, W]
-        parent = torch.where(self.phase[:, :, 0] == VERIFY, in_verify, self.slot[:, 0])
+        segment = base + (self.slot * (self.num_candidates + 1) + candidate)[:, :, None]  # [W, C + 1, 1]
         return self._grid(
             torch.full(shape, self.mask_id, device=self.device),
             self.positions[:, :, None].expand(shape),
             segment=segment,
             rank=self.place,
-            parent=parent[:, :, None, None],
+            parent=self._prefix()[:, :, None, None],
             visible=length[..., None],
             is_read=torch.ones(shape, dtype=torch.bool, device=self.device),
             is_needed=is_needed,
         )
+
+    def alternatives(self, runner_ups: Tensor, num_tried: int, first_segment: int) -> Grid:
+        """runner_ups [B, W, K, R]. A runner-up that would be the last token of its slot is not tried: nothing comes behind it."""
+        num_alternatives = runner_ups.shape[3]
+        shape = (*self.token_ids.shape[:2], num_tried, num_alternatives, self.slot_size)  # [B, W, A, R, K]
+        length = self.verified[:, :, None] + torch.arange(1, num_tried + 1, device=self.device)  # [B, W, A]
+        at = length.clamp(max=self.slot_size - 1)[..., None].expand(-1, -1, -1, num_alternatives)
+        tried = runner_ups.gather(2, at)[..., None].clamp(min=0)  # [B, W, A, R, 1]; -1 where nothing was drafted
+        length = length[..., None, None]
+        is_judging = (self.phase == VERIFY) | (self.phase == INFILL)
+        is_wanted = (self.is_unfinished[:, :, None, None, None] & is_judging[..., None, None]) & (length < self.slot_size - 1)
+        number = torch.arange(self.width * num_tried * num_alternatives, device=self.device).view(shape[1:4])
+        return self._grid(
+            torch.where(self.place == length, tried, self.mask_id).expand(shape),
+            self.positions[:, :, None, None].expand(shape),
+            segment=(first_segment + number)[..., None],
+            rank=self.place,
+            parent=self._prefix()[:, :, None, None, None],
+            visible=length,
+            is_read=torch.ones(shape, dtype=torch.bool, device=self.device),
+            is_needed=is_wanted & self._in_group(length, 1 + self.most_masks),
+        )
+
+    def _in_group(self, length: Tensor, most: int) -> Tensor:
+        """The places [..., K] of a group of at most so many rows behind an accepted length [..., 1]."""
+        return (self.place >= length) & (self.place < length + most)
+
+    def _prefix(self) -> Tensor:
+        """[B, W] the segment that holds the drafts of a slot as its groups see them."""
+        # In a verify forward the first slot's prefix is the chain itself, the others' a copy; otherwise every slot stands alone.
+        in_verify = torch.where(self.is_first, 0, self.width + 1 + self.slot[:, 0])
+        return torch.where(self.phase[:, :, 0] == VERIFY, in_verify, self.slot[:, 0])
 
     def _grid(
         self,

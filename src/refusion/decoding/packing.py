@@ -37,8 +37,12 @@ class Placement:
         cells = values[rows] if values.dim() == 1 else values.gather(1, rows)
         return cells.view(-1, *self.shapes[name])
 
+    def fold_each(self, name: str, values: Tensor) -> Tensor:
+        """The same of several values a row, [B, T, R] or flat [T, R]."""
+        return torch.stack([self.fold(name, each) for each in values.unbind(-1)], dim=-1)
 
-def pack_padded(grids: Grids, draw: Draw) -> tuple[ForwardBatch, Placement]:
+
+def pack_padded(grids: Grids, draw: Draw, num_runner_ups: int) -> tuple[ForwardBatch, Placement]:
     """Every request on its own line, packed to the left; padding has segment -1."""
     is_needed = _whole(grids, "is_needed")  # [B, N]
     num_needed = is_needed.sum(dim=1)
@@ -57,7 +61,8 @@ def pack_padded(grids: Grids, draw: Draw) -> tuple[ForwardBatch, Placement]:
         visible=packed("visible"),
         is_trunk=packed("is_trunk") & is_token,
     )
-    batch = ForwardBatch(packed("token_ids"), packed("positions"), segments, packed("is_read") & is_token, packed("given_ids"), draw)
+    is_read = packed("is_read") & is_token
+    batch = ForwardBatch(packed("token_ids"), packed("positions"), segments, is_read, packed("given_ids"), draw, num_runner_ups)
     return batch, _placement(grids, row, num_needed)
 
 

@@ -12,6 +12,10 @@ MAX_SLOT_SIZE = 256
 """Longer slots gain nothing and cost memory by their square."""
 FREE_ROWS = 192
 """Mask rows a slot's infill groups may take: up to about 200 rows, a GPU forward at batch 1 costs the same (weights dominate)."""
+MAX_ALTERNATIVES = 3
+"""More runner-ups are hardly ever right."""
+ALTERNATIVE_LENGTHS = 4
+"""Alternatives are tried for drafts that fail among the first so many; later ones fail too rarely to be worth their rows."""
 
 Acceptance = Literal["paper", "argmax"]
 Correction = Literal["paper", "autoregressive"]
@@ -63,7 +67,14 @@ class SlotParams:
     acceptance: Acceptance | None = None
     """`paper`: p > token_threshold; `argmax`: that, or the token is the most probable one."""
     correction: Correction | None = None
-    """What stands in for the first draft that fails: `paper`: the next mask prediction; `autoregressive`: the token that judged it."""
+    """What stands in for the first draft that fails: `paper`: the next mask prediction; `autoregressive`: the token that judged it. Then
+    the last row of a finished slot names the first token of the next one, too, so that every token but the answer's first is judged."""
+    alternatives: int | None = None
+    """How many runner-ups of each draft are tried beside it: if the correction is one of them, it stands at once, the token behind it is
+    known as well, and the next drafts are made behind it. 0 to 3; needs correction `autoregressive`."""
+    infill_length: int | None = None
+    """How many tokens are drafted at most behind a draft that failed; left out: all up to the end of the slot. Each takes a row for every
+    length prepared, and late ones seldom pass."""
     max_candidates: int | None = None
     """Fused infill: for how many accepted lengths the next drafts are prepared in the same forward; 0: two-pass infill."""
     fuse_plan: bool | None = None
@@ -83,6 +94,8 @@ class SlotParams:
             # A block length belongs to its slot size: never combine a given one with the checkpoint's.
             base = {name: value for name, value in base.items() if name not in ("slot_size", "block_size", "serial_blocks")}
             base["slot_size"] = recommended.get("slot_size", SlotSettings().slot_size)
+        if given.get("correction") == "paper":
+            base.pop("alternatives", None)  # the checkpoint's go with its own correction
         unknown = base.keys() - {field.name for field in fields(SlotSettings)}
         _require(not unknown, "refusion block", sorted(unknown), f"made of {', '.join(field.name for field in fields(SlotSettings))}")
         return SlotSettings(**(base | given))
@@ -99,6 +112,8 @@ class SlotSettings:
     token_threshold: float = 0.4
     acceptance: Acceptance = "argmax"
     correction: Correction = "autoregressive"
+    alternatives: int = 0
+    infill_length: int | None = None  # None: to the end of the slot
     max_candidates: int | None = None  # None: what FREE_ROWS allows
     fuse_plan: bool = True
 
@@ -108,6 +123,10 @@ class SlotSettings:
         _require(0.0 <= self.token_threshold <= 1.0, "token_threshold", self.token_threshold, "in [0, 1]")
         _require(self.acceptance in ("paper", "argmax"), "acceptance", self.acceptance, "'paper' or 'argmax'")
         _require(self.correction in ("paper", "autoregressive"), "correction", self.correction, "'paper' or 'autoregressive'")
+        _require(0 <= self.alternatives <= MAX_ALTERNATIVES, "alternatives", self.alternatives, f"in [0, {MAX_ALTERNATIVES}]")
+        can_try = self.alternatives == 0 or self.correction == "autoregressive"
+        _require(can_try, "alternatives", self.alternatives, "0 unless correction is 'autoregressive'")
+        _require(self.infill_length is None or self.infill_length >= 1, "infill_length", self.infill_length, "at least 1")
         _require(self.max_candidates is None or self.max_candidates >= 0, "max_candidates", self.max_candidates, "0 or above")
         _require(self.serial_blocks is None or self.serial_blocks >= 1, "serial_blocks", self.serial_blocks, "at least 1")
         if self.block_size is not None:
@@ -124,15 +143,20 @@ class SlotSettings:
         """S: slots beyond the last wanted token do not exist."""
         return math.ceil(max_tokens / self.slot_size)
 
+    @property
+    def most_masks(self) -> int:
+        """Rows of an infill group at most."""
+        return min(self.infill_length or self.slot_size, self.slot_size)
+
     def candidates(self) -> int:
         """Accepted lengths a fused infill forward prepares for: 1 .. this many beyond what is verified.
 
-        Length a takes slot_size - a mask rows. Unless max_candidates says otherwise, as many lengths as FREE_ROWS rows hold: all 15 for
-        slots of 16, 6 for slots of 32.
+        Length a takes slot_size - a mask rows, at most infill_length. Unless max_candidates says otherwise, as many lengths as FREE_ROWS
+        rows hold: all 15 for slots of 16, 6 for slots of 32.
         """
         if self.max_candidates is not None:
             return min(self.max_candidates, self.slot_size - 1)
-        rows = accumulate(self.slot_size - length for length in range(1, self.slot_size))
+        rows = accumulate(min(self.slot_size - length, self.most_masks) for length in range(1, self.slot_size))
         return sum(total <= FREE_ROWS for total in rows)
 
 

@@ -10,7 +10,7 @@ One `step` is one forward for every request that is not done. Two-pass decoding 
 import torch
 from torch import Tensor
 
-from refusion.decoding.forward import ForwardFn
+from refusion.decoding.forward import ForwardBatch, ForwardFn, Readout
 from refusion.decoding.layout import build_grids
 from refusion.decoding.packing import Placement, pack_padded
 from refusion.decoding.params import SamplingParams, SlotSettings
@@ -33,7 +33,7 @@ class ReFusionDecoder:
     def start(self, prompts: Tensor, prompt_lengths: Tensor, seeds: Tensor) -> None:
         """Begin with right-padded prompts [B, P]; the first `step` prefills and plans in one forward."""
         num_slots = self.slots.num_slots(self.sampling.max_tokens)
-        self.state = DecodeState.start(prompt_lengths, seeds, num_slots, self.width, self.slots.slot_size)
+        self.state = DecodeState.start(prompt_lengths, seeds, num_slots, self.width, self.slots.slot_size, self.slots.alternatives)
         answer = num_slots * self.slots.slot_size
         scratch = 4 * self.width * self.slots.slot_size  # the cache grows should a fused forward need more
         self.cache: KVCache = self.forward.new_cache(len(prompts), prompts.shape[1] + answer + scratch)
@@ -74,13 +74,17 @@ class ReFusionDecoder:
         num_candidates = self.slots.candidates()
         grids = build_grids(self.state, self.slots, self.width, num_candidates, self.mask_id, self.prompts)
         draw = Draw(self.sampling.temperature, self.sampling.top_p, self.state.seeds, self.state.num_drafts + 1)
-        batch, placement = pack_padded(grids, draw)
-        readout = self.forward(batch, self.cache)
+        batch, placement = pack_padded(grids, draw, self.slots.alternatives)
+        readout = self._read(batch, placement)
         self._commit_prompts(placement)
-        settled = settle_forward(self.state, self.slots, num_candidates, self.eos_ids, placement, readout)
+        settled = settle_forward(self.state, self.slots, num_candidates, self.mask_id, self.eos_ids, placement, readout)
         self._commit(placement, settled.report.is_committed)
         self.state = settled.state
         return settled.report
+
+    def _read(self, batch: ForwardBatch, placement: Placement) -> Readout:
+        """What the network says; `refusion.decoding.variants` has one that scores slots in other ways."""
+        return self.forward(batch, self.cache)
 
     def _commit_prompts(self, placement: Placement) -> None:
         """The first forward's prompt rows join the cache; its masks do not."""

@@ -5,6 +5,7 @@
 
 import numpy as np
 
+from refusion.decoding.params import ALTERNATIVE_LENGTHS, SlotSettings
 from refusion.decoding.rounds import IS_DONE, NUM_COMMON, NUM_FORWARDS, NUM_ROWS, OVERFLOW, SeatReport, SlotNews
 from refusion.decoding.state import DONE, INFILL, REMASK, VERIFY
 
@@ -61,25 +62,38 @@ def seat_report(line: np.ndarray, columns: ReportColumns) -> SeatReport:
     )
 
 
-def rows_needed(agenda: np.ndarray, slot_size: int, num_candidates: int) -> np.ndarray:
+def rows_needed(agenda: np.ndarray, slots: SlotSettings, num_candidates: int) -> np.ndarray:
     """[B] rows of a forward with this agenda [B, 3 + 2W]; `refusion.decoding.layout` lays out as many."""
+    slot_size = slots.slot_size
     width = (agenda.shape[1] - AGENDA) // 2
     phase = agenda[:, 0]
     verified, planned = agenda[:, AGENDA : AGENDA + width], agenda[:, AGENDA + width :]
     is_chosen = verified >= 0
     num_chosen = is_chosen.sum(axis=1)
     left = np.where(is_chosen, slot_size - verified, 0)  # [B, W] masks up to the end of the slot
-    terms = np.minimum(num_candidates, left)
-    groups = (terms * left - terms * (terms + 1) // 2).sum(axis=1)  # left - 1, left - 2, ... for the candidates 1, 2, ...
+    groups = group_rows(left, slots, num_candidates).sum(axis=1)
     solo = np.maximum(num_chosen - 1, 0) * min(num_candidates, slot_size)
     plan = planned.sum(axis=1) * slot_size
     by_phase = {
         VERIFY: num_chosen * slot_size + solo + groups + plan,
         INFILL: num_chosen * slot_size + groups + plan,
-        REMASK: num_chosen * slot_size,  # verified tokens and masks behind them fill every slot
+        REMASK: np.where(is_chosen, verified + np.minimum(left, slots.most_masks), 0).sum(axis=1),
         DONE: np.zeros_like(plan),
     }
     rows = plan
     for which, count in by_phase.items():
         rows = np.where(phase == which, count, rows)
     return rows
+
+
+def group_rows(left: np.ndarray, slots: SlotSettings, num_candidates: int) -> np.ndarray:
+    """Rows of the groups of a slot with `left` tokens to go, those of alternatives included; element by element."""
+    candidates = np.minimum(num_candidates, left)
+    tried = np.minimum(min(ALTERNATIVE_LENGTHS, num_candidates), np.maximum(left - 2, 0))
+    return _falling(left, candidates, slots.most_masks) + slots.alternatives * _falling(left, tried, 1 + slots.most_masks)
+
+
+def _falling(left: np.ndarray, terms: np.ndarray, most: int) -> np.ndarray:
+    """(left - 1) + (left - 2) + ..., so many terms, none above `most`: what lies behind the accepted lengths 1, 2, ..."""
+    cut = np.clip(left - most, 0, terms)  # so many of them are above it
+    return cut * most + (terms - cut) * left - (terms * (terms + 1) - cut * (cut + 1)) // 2

@@ -16,7 +16,7 @@ from torch import Tensor
 from refusion.decoding.forward import Readout
 from refusion.decoding.layout import build_grids, planned_slots
 from refusion.decoding.packing import Placement, pack_flat, put_rows, put_tiles
-from refusion.decoding.params import SlotSettings
+from refusion.decoding.params import ALTERNATIVE_LENGTHS, SlotSettings
 from refusion.decoding.refusion_report import AGENDA, ReportColumns, rows_needed, seat_report
 from refusion.decoding.rounds import RowBuffers, SeatReport, cache_targets
 from refusion.decoding.seats import SeatTable
@@ -63,6 +63,7 @@ class RefusionRounds:
 
     def _columns(self) -> dict[str, int]:
         """What is known of a seat when it is admitted comes first."""
+        alternatives = self.slots.alternatives
         return {
             "prompt_length": 1,
             "seed": 1,
@@ -73,11 +74,11 @@ class RefusionRounds:
             "status": self.num_slots,
             "lengths": self.num_slots,
             "token_ids": self.num_slots * self.slot_size,
-        }
+        } | ({"runner_ups": self.num_slots * self.slot_size * alternatives} if alternatives else {})
 
     def _most_rows(self, num_seats: int) -> int:
         """A forward with everything in it, and half as much again for padding."""
-        groups = self.slots.candidates() * self.slot_size
+        groups = (self.slots.candidates() + ALTERNATIVE_LENGTHS * self.slots.alternatives) * self.slot_size
         return 512 + num_seats * self.width * (3 * self.slot_size + groups) * 3 // 2
 
     def admit(self, seat: int, *, prompt_length: int, seed: int, max_tokens: int, last_token: int = -1) -> None:
@@ -113,7 +114,8 @@ class RefusionRounds:
 
     def num_rows(self, report: np.ndarray, candidates: int) -> np.ndarray:
         first = self.columns.agenda
-        return rows_needed(report[:, first : first + AGENDA + 2 * self.width], self.slot_size, self._candidates(candidates))
+        agendas = report[:, first : first + AGENDA + 2 * self.width]
+        return rows_needed(agendas, self.slots, self._candidates(candidates))
 
     def read(self, report_row: np.ndarray) -> SeatReport:
         return seat_report(report_row, self.columns)
@@ -155,7 +157,7 @@ class RefusionRounds:
             settle(self, readout, spans, **where)
             return
         state = self.state(num_seats)
-        settled = settle_forward(state, self.slots, self._candidates(candidates), self.eos_ids, self._placement, readout)
+        settled = settle_forward(state, self.slots, self._candidates(candidates), self.mask_id, self.eos_ids, self._placement, readout)
         self._keep(settled.report.is_committed.flatten(1), spans, num_seats)
         step = replace(settled.report, phase=state.phase.clone())  # the state is about to change in place
         is_running = step.phase != DONE
@@ -172,6 +174,11 @@ class RefusionRounds:
         for name in ("status", "lengths"):
             parts[name] = self.table.group(name, num_seats)
         parts["token_ids"] = self.table.group("token_ids", num_seats).unflatten(1, (self.num_slots, self.slot_size))
+        shape = (self.num_slots, self.slot_size, self.slots.alternatives)
+        if self.slots.alternatives:
+            parts["runner_ups"] = self.table.group("runner_ups", num_seats).unflatten(1, shape)
+        else:
+            parts["runner_ups"] = parts["token_ids"].new_zeros(num_seats, *shape)
         return DecodeState(**parts)
 
     def _candidates(self, candidates: int) -> int:

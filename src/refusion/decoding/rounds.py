@@ -127,13 +127,15 @@ def sampled_readout(
     seeds: Tensor,
     positions: Tensor,
     attempts: Tensor,
+    num_runner_ups: int = 0,
 ) -> Readout:
     """Readout [T] of float32 logits [T, V], which are overwritten; everything but `banned_ids` [N] has one value a row.
 
     top_p None: no row filters.
     """
     draw = Draw(temperature, 1.0 if top_p is None else top_p, seeds, attempts)
-    return readout_logits(logits, banned_ids, draw, ReadRows(seeds, attempts.long(), positions.long(), given_ids.long()))
+    rows = ReadRows(seeds, attempts.long(), positions.long(), given_ids.long())
+    return readout_logits(logits, banned_ids, draw, rows, num_runner_ups)
 
 
 class RowBuffers:

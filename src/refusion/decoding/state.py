@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-# B = requests, S = slots of the whole answer (a multiple of W), W = slots of a block, K = tokens per slot
+# B = requests, S = slots of the whole answer (a multiple of W), W = slots of a block, K = tokens per slot, R = alternatives
 
 # phases: what a request's next forward does
 PLAN, VERIFY, REMASK, INFILL, DONE = range(5)
@@ -21,14 +21,17 @@ class DecodeState:
     seeds: Tensor  # [B]
     token_ids: Tensor  # [B, S, K] committed tokens and current drafts
     status: Tensor  # [B, S]
-    lengths: Tensor  # [B, S] committed tokens of a committed slot, verified tokens of a chosen one
+    runner_ups: Tensor  # [B, S, K, R] of each draft that comes from a mask, -1 of others
+    lengths: Tensor  # [B, S] committed tokens of a committed slot, verified tokens of a chosen one, 1 of an open one whose first is known
     phase: Tensor  # [B]
     num_drafts: Tensor  # [B] logical drafts so far, keys the noise
     num_forwards: Tensor  # [B]
 
     @classmethod
-    def start(cls, prompt_lengths: Tensor, seeds: Tensor, num_slots: int, slots_per_block: int, slot_size: int) -> "DecodeState":
-        """Everything open, first forward is a plan."""
+    def start(
+        cls, prompt_lengths: Tensor, seeds: Tensor, num_slots: int, slots_per_block: int, slot_size: int, alternatives: int = 0
+    ) -> "DecodeState":
+        """Everything open, first forward is a plan. alternatives: R."""
         num_requests, device = len(prompt_lengths), prompt_lengths.device
         width = -(-num_slots // slots_per_block) * slots_per_block
         status = torch.where(torch.arange(width, device=device) < num_slots, OPEN, CLOSED).repeat(num_requests, 1)
@@ -38,6 +41,7 @@ class DecodeState:
             seeds=seeds,
             token_ids=torch.zeros(num_requests, width, slot_size, dtype=torch.long, device=device),
             status=status,
+            runner_ups=torch.full((num_requests, width, slot_size, alternatives), -1, dtype=torch.long, device=device),
             lengths=torch.zeros_like(status),
             phase=nothing,
             num_drafts=nothing,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol
 
+from refusion.decoding.diffusion_params import DiffusionParams
 from refusion.decoding.events import Event
 from refusion.decoding.params import SamplingParams, SlotParams
 from refusion.engine.core import Engine
@@ -29,7 +30,13 @@ class Front(Protocol):
     def engine(self) -> Engine: ...
 
     def new_request(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, slots: SlotParams | None = None, decoder: str = "refusion"
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        slots: SlotParams | None = None,
+        decoder: str = "refusion",
+        *,
+        diffusion: DiffusionParams | None = None,
     ) -> NewRequest: ...
 
     def new_stream(self, new: NewRequest) -> AnswerStream | None: ...
@@ -70,14 +77,20 @@ class AsyncEngine:
         self._thread.start()
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, slots: SlotParams | None = None, decoder: str = "refusion"
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        slots: SlotParams | None = None,
+        decoder: str = "refusion",
+        *,
+        diffusion: DiffusionParams | None = None,
     ) -> AsyncIterator[Piece]:
         """Pieces of text as they become certain; the last one carries the whole answer.
 
         Cancelling the coroutine, or leaving the loop, aborts the request. Raises `RequestError` if the prompt cannot be served.
         """
         consumer = _Consumer(asyncio.get_running_loop())
-        new = self._llm.new_request(prompt, sampling, slots, decoder)
+        new = self._llm.new_request(prompt, sampling, slots, decoder, diffusion=diffusion)
         self._leave_errand(lambda: self._add(consumer, new))
         try:
             while True:

@@ -59,6 +59,7 @@ def build_engine(
         mask_id=network.config.mask_token_id,
         use_kernels=device.type == "cuda",
         lone_tile_rows=TILE_ROWS if settings.batch_invariant else LONE_TILE_ROWS,
+        prefill_rows=min(prompt_rows, most_rows // 2),
     )
     measure = cache(costs or (lambda: measured_costs(network)))
     # On a CPU the checkpoint says how many lengths pay there; measuring takes seconds, and only `auto` waits for that.

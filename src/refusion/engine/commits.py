@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refusion.decoding.refusion_report import AGENDA, ReportColumns
+from refusion.decoding.diffusion_rounds import PLACE, TOKENS, DiffusionRounds
+from refusion.decoding.params import SlotSettings
+from refusion.decoding.refusion_report import AGENDA, ReportColumns, group_rows
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import NUM_COMMON, NUM_FORWARDS, OVERFLOW, AutoregressiveRounds
 from refusion.decoding.state import DONE, INFILL, PLAN, REMASK, VERIFY
@@ -23,23 +25,29 @@ class Commits:
     token: np.ndarray
 
 
-def num_committed(rounds: RefusionRounds | AutoregressiveRounds, report: np.ndarray) -> np.ndarray:
+def num_committed(rounds: RefusionRounds | AutoregressiveRounds | DiffusionRounds, report: np.ndarray) -> np.ndarray:
     """[B] tokens that became final by a report [B, R]; 0 for seats that took no part."""
     if isinstance(rounds, AutoregressiveRounds):
         return report[:, NUM_COMMON]
+    if isinstance(rounds, DiffusionRounds):
+        return (report[:, TOKENS:] >= 0).sum(axis=1)
     first = rounds.columns.committed
     if rounds.width == 1:
         return report[:, first]
     return report[:, first : first + rounds.width].sum(axis=1)
 
 
-def commits(rounds: RefusionRounds | AutoregressiveRounds, report: np.ndarray, took_part: np.ndarray) -> Commits:
+def commits(rounds: RefusionRounds | AutoregressiveRounds | DiffusionRounds, report: np.ndarray, took_part: np.ndarray) -> Commits:
     """Final tokens of a report [B, R]; took_part [B] bool."""
     overflow = report[took_part, OVERFLOW]
     assert not overflow.any(), f"{overflow.max()} rows of a seat did not fit into its forward"
     if isinstance(rounds, AutoregressiveRounds):
         seat = ((report[:, NUM_COMMON] != 0) & took_part).nonzero()[0]
         return Commits(seat, report[seat, NUM_FORWARDS] - 1, report[seat, NUM_COMMON + 1])
+    if isinstance(rounds, DiffusionRounds):
+        tokens = report[:, TOKENS:]
+        seat, place = ((tokens >= 0) & took_part[:, None]).nonzero()
+        return Commits(seat, report[seat, PLACE] + place, tokens[seat, place])
     columns, width, slot_size = rounds.columns, rounds.width, rounds.slot_size
     count = report[:, columns.committed : columns.committed + width]  # [B, W]
     drafts = report[:, columns.drafts : columns.drafts + width * slot_size].reshape(-1, width, slot_size)
@@ -69,8 +77,8 @@ class Demand:
     It is asked between the report of one forward and the launch of the next, when the device stands still.
     """
 
-    def __init__(self, columns: ReportColumns) -> None:
-        self.columns, self.width, self.slot_size = columns, columns.width, columns.slot_size
+    def __init__(self, columns: ReportColumns, slots: SlotSettings) -> None:
+        self.columns, self.width, self.slot_size, self.slots = columns, columns.width, columns.slot_size, slots
         self._tables: dict[int, np.ndarray] = {}  # candidates -> [phases * (K + 2) * 2] rows of a block of one slot
         self._weights = np.array([2 * (self.slot_size + 2), 0, 0, 2, 1], dtype=np.int32)  # of phase, two slots, verified, planned
 
@@ -96,9 +104,8 @@ class Demand:
         rows = np.zeros((NUM_PHASES, size + 2, 2), dtype=np.int64)
         for verified in range(size + 1):
             left = size - verified
-            used = min(candidates, left)
-            rows[[VERIFY, INFILL], verified + 1] = size + used * left - used * (used + 1) // 2
-            rows[REMASK, verified + 1] = size
+            rows[[VERIFY, INFILL], verified + 1] = size + int(group_rows(np.array(left), self.slots, candidates))
+            rows[REMASK, verified + 1] = verified + min(left, self.slots.most_masks)
         rows[[PLAN, VERIFY, INFILL], :, 1] += size
         rows[PLAN, 1:, 0] = 0
         rows[DONE] = 0

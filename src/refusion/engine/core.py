@@ -97,7 +97,7 @@ class Engine:
             return 0
         before = self.runner.num_first_runs
         for decoder in ("refusion", "autoregressive") if new.decoder == "auto" else (new.decoder,):
-            seats, load = self.scheduler.expected(lane_key(new, decoder), num_requests, prompt_tokens)
+            seats, load = self.scheduler.expected(lane_key(new, decoder), num_requests, prompt_tokens, new.sampling.max_tokens)
             for shape in wanted_shapes(seats.key, self.scheduler.candidates, load):
                 self.runner.warm(
                     seats.lane,

@@ -7,6 +7,7 @@ and what any number of lengths would have brought and taken follows, whatever nu
 import numpy as np
 
 from refusion.decoding.params import SlotSettings
+from refusion.decoding.refusion_report import group_rows
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.state import REMASK
 from refusion.engine.commits import Demand, advances
@@ -34,7 +35,7 @@ class Experience:
 
     def __init__(self, slots: SlotSettings, width: int, tokens_per_forward: float | None = None) -> None:
         """tokens_per_forward: what the checkpoint is known to reach."""
-        self.slot_size, self.width = slots.slot_size, width
+        self.slots, self.slot_size, self.width = slots, slots.slot_size, width
         most = slots.candidates()
         steps = () if slots.max_candidates is not None else tuple(step for step in LADDER if step < most)
         self.ladder = (most, *steps) if most == 0 else (most, *steps, 0)
@@ -102,8 +103,7 @@ class Experience:
             visits[length + 1 : length + 1 + len(onward)] += visits[length] * onward
         visits = visits[:size] / visits[:size].sum()
         left = size - np.arange(size)
-        used = np.minimum(np.array(self.ladder)[:, None], left)  # [C, K]
-        groups = used * left - used * (used + 1) // 2
+        groups = np.stack([group_rows(left, self.slots, candidates) for candidates in self.ladder])  # [C, K]
         return (groups * visits).sum(axis=1) + size + self.width * size
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refusion.decoding.diffusion_params import DiffusionParams
+from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.params import SlotSettings
 from refusion.decoding.refusion_report import AGENDA
 from refusion.decoding.refusion_rounds import RefusionRounds
@@ -24,11 +26,15 @@ class LaneKey:
 
     decoder: str
     slots: SlotSettings | None
-    """None for autoregressive decoding."""
+    """None but for slot decoding."""
+    diffusion: DiffusionParams | None = None
+    """None but for the diffusion baselines."""
     width: int
-    """Slots of a block; 1 for autoregressive decoding."""
+    """Slots of a block; its tokens for the diffusion baselines, 1 for autoregressive decoding."""
     max_tokens: int
     """Capacity of an answer; requests of the lane may want fewer."""
+    max_prompt: int = 0
+    """The same of a prompt, for decoders whose state holds it."""
     eos_ids: tuple[int, ...]
     is_greedy: bool
     has_top_p: bool
@@ -47,7 +53,7 @@ class Lane:
     def __init__(
         self,
         key: LaneKey,
-        rounds: RefusionRounds | AutoregressiveRounds,
+        rounds: RefusionRounds | AutoregressiveRounds | DiffusionRounds,
         num_seats: int,
         pages_per_seat: int,
         page_size: int,
@@ -106,6 +112,8 @@ class Lane:
         """The seat takes no more rows."""
         if isinstance(self.rounds, AutoregressiveRounds):
             self.table.write(seat, {"prompt_length": 0, "seed": 0, "max_tokens": 0, "is_done": 1})
+        elif isinstance(self.rounds, DiffusionRounds):
+            self.rounds.retire(seat)
         else:
             nothing = {"prompt_length": 0, "seed": 0, "phase": DONE, "num_drafts": 0, "num_forwards": 0}
             width = self.rounds.width
@@ -169,10 +177,28 @@ def new_lane(
     device: torch.device,
     use_kernels: bool,
     max_rows: int,
+    prefill_rows: int,
 ) -> Lane:
-    """Device state for requests that share `key`; max_rows: most decode rows of a forward."""
+    """Device state for requests that share `key`.
+
+    max_rows: most decode rows of a forward. prefill_rows: prompt tokens of one, where the decoder itself runs the prompt.
+    """
     eos_ids = torch.tensor(key.eos_ids, dtype=torch.long, device=device)
-    if key.slots is None:
+    if key.diffusion is not None:
+        assert mask_id is not None, "a diffusion lane needs a mask token; the door refuses checkpoints without one"
+        rounds = DiffusionRounds(
+            key.diffusion,
+            key.max_prompt + -(-key.max_tokens // key.width) * key.width,
+            num_seats,
+            block_size=key.width,
+            prefill_rows=prefill_rows,
+            mask_id=mask_id,
+            eos_ids=eos_ids,
+            device=device,
+            use_kernels=use_kernels,
+            max_rows=max_rows,
+        )
+    elif key.slots is None:
         rounds = AutoregressiveRounds(num_seats, eos_ids=eos_ids, device=device, use_kernels=use_kernels, max_rows=max_rows)
     else:
         assert mask_id is not None, "a slot lane needs a mask token; the door refuses checkpoints without one"

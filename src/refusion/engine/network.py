@@ -70,8 +70,8 @@ class Ops(Protocol):
     ) -> Tensor: ...
 
     def readout(
-        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias_banned: Tensor, given_ids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias_banned: Tensor, given_ids: Tensor, num_runner_ups: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 
     def store_rows(self, new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None: ...
 
@@ -184,9 +184,10 @@ class FlatNetwork:
         return hidden
 
     @torch.no_grad()
-    def readout(self, hidden: Tensor, bias_banned: Tensor, given_ids: Tensor) -> Readout:
+    def readout(self, hidden: Tensor, bias_banned: Tensor, given_ids: Tensor, num_runner_ups: int = 0) -> Readout:
         """Greedy readout [T] of hidden states [T, hidden]; bias_banned [V] float32 is 0 or -inf."""
-        return Readout(*self.ops.readout(hidden, self.final_norm, self.config.rms_norm_eps, self.head, bias_banned, given_ids))
+        eps = self.config.rms_norm_eps
+        return Readout(*self.ops.readout(hidden, self.final_norm, eps, self.head, bias_banned, given_ids, num_runner_ups))
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class RequestOutput:
     finish_reason: Literal["stop", "length"]
     stats: Stats
     decoder: str = "refusion"
-    """What wrote it: "refusion" or "autoregressive"."""
+    """What wrote it: "refusion", "autoregressive", "masked_diffusion" or "block_diffusion"."""
 
 
 @dataclass(frozen=True, slots=True)

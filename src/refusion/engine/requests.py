@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from refusion.decoding.diffusion_params import BlockDiffusionParams, DiffusionParams, MaskedDiffusionParams
 from refusion.decoding.events import Event
 from refusion.decoding.params import SamplingParams, SlotSettings
 from refusion.decoding.sampling import cut_answer
@@ -20,6 +21,10 @@ GAP = -1
 """Stands in an unfinished answer where no token is final yet."""
 SMALLEST_LANE = 256
 """Answers up to this many tokens share lanes whatever their max_tokens; above it, lanes grow by powers of two."""
+SMALLEST_PROMPT = 512
+"""The same of prompts, for decoders whose lanes hold them."""
+
+DIFFUSION_DECODERS = ("masked_diffusion", "block_diffusion")
 
 OnEvent = Callable[[Event], None]
 
@@ -58,9 +63,11 @@ class NewRequest:
     eos_ids: tuple[int, ...]
     """Ids that end the answer, stop ids included."""
     decoder: str
-    """"refusion", "autoregressive" or "auto"."""
+    """"refusion", "autoregressive", "auto", "masked_diffusion" or "block_diffusion"."""
     slots: SlotSettings | None
     """How "refusion" and "auto" cut the answer into slots."""
+    diffusion: DiffusionParams | None = None
+    """Resolved settings of "masked_diffusion" and "block_diffusion"."""
     index: int = 0
     """The caller's number for it: `Event.request`, `Answer.request`."""
     on_answer: Callable[[Answer], None]
@@ -113,8 +120,10 @@ class Request:
 
     @property
     def prefill_ids(self) -> np.ndarray:
-        """The prompt tokens that come before the first decode row: autoregressive decoding runs the last one as that row."""
+        """The prompt tokens that come before the first decode row: autoregressive decoding runs the last one as that row, diffusion all."""
         assert self.key is not None, "which tokens are prefilled depends on the decoder"
+        if self.key.diffusion is not None:
+            return self.prompt_ids[:0]
         return self.prompt_ids if self.key.slots is not None else self.prompt_ids[:-1]
 
     @property
@@ -130,27 +139,54 @@ def lane_key(new: NewRequest, decoder: str) -> LaneKey:
     """The lane a request belongs to if it is decoded like this."""
     sampling = new.sampling
     max_tokens = max(SMALLEST_LANE, 1 << (sampling.max_tokens - 1).bit_length())
-    slots, width = None, 1
+    slots, diffusion, width, max_prompt = None, None, 1, 0
     if decoder == "refusion":
         assert new.slots is not None, "slot decoding needs slot settings"
         width = min(new.slots.slots_per_block(sampling.max_tokens), new.slots.num_slots(max_tokens))
         # However the blocks were described, those of the same length are the same.
         slots = replace(new.slots, block_size=width * new.slots.slot_size, serial_blocks=None)
+    elif decoder in DIFFUSION_DECODERS:
+        assert new.diffusion is not None, "diffusion decoders need settings of their own"
+        diffusion = new.diffusion
+        width = diffusion.size if isinstance(diffusion, BlockDiffusionParams) else min(diffusion.block_size, max_tokens)
+        max_prompt = max(SMALLEST_PROMPT, 1 << (len(new.prompt_ids) - 1).bit_length())
     return LaneKey(
         decoder=decoder,
         slots=slots,
+        diffusion=diffusion,
         width=width,
         max_tokens=max_tokens,
+        max_prompt=max_prompt,
         eos_ids=tuple(sorted(set(new.eos_ids))),
         is_greedy=sampling.temperature == 0.0,
         has_top_p=sampling.temperature > 0.0 and sampling.top_p < 1.0,
     )
 
 
-def answer_room(new: NewRequest, key: LaneKey) -> int:
-    """Most answer tokens whose keys and values may be cached: whole slots."""
-    size = 1 if key.slots is None else key.slots.slot_size
-    return -(-new.sampling.max_tokens // size) * size
+def cache_room(new: NewRequest, key: LaneKey) -> int:
+    """Most tokens whose keys and values may be cached, prompt and answer together."""
+    prompt, answer = len(new.prompt_ids), new.sampling.max_tokens
+    if isinstance(key.diffusion, MaskedDiffusionParams):
+        return 0 if key.diffusion.cache == "none" else prompt + answer
+    if key.diffusion is not None:
+        return prompt + -(-answer // key.width) * key.width - key.width  # the last block stays as it is
+    if key.slots is None:
+        return prompt - 1 + answer
+    return prompt + -(-answer // key.slots.slot_size) * key.slots.slot_size
+
+
+def first_room(new: NewRequest, key: LaneKey) -> int:
+    """Tokens a request has room for in the cache from the moment it is seated: its prompt, or all there ever will be."""
+    if isinstance(key.diffusion, MaskedDiffusionParams):
+        return cache_room(new, key)
+    return len(new.prompt_ids) - (key.decoder == "autoregressive")
+
+
+def diffusion_rows(new: NewRequest, key: LaneKey, prefill_rows: int) -> int:
+    """Most decode rows one forward takes for a request of a diffusion lane."""
+    if isinstance(key.diffusion, MaskedDiffusionParams):
+        return len(new.prompt_ids) + new.sampling.max_tokens
+    return max(min(len(new.prompt_ids), prefill_rows), key.width) + key.width
 
 
 def final_tokens(written: np.ndarray, new: NewRequest) -> list[int]:

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.forward import Readout
+from refusion.decoding.refusion_report import group_rows
 from refusion.decoding.rounds import sampled_readout
 from refusion.engine.lanes import Captured, Lane, LaneKey, new_lane
 from refusion.engine.network import FlatNetwork, KeyValues
@@ -81,14 +83,16 @@ class Runner:
         mask_id: int | None,
         use_kernels: bool,
         lone_tile_rows: int = LONE_TILE_ROWS,
+        prefill_rows: int = 512,
     ) -> None:
         """max_rows: most rows of one forward, prompt rows included. use_kernels: Triton for the decisions too (needs a GPU).
 
-        lone_tile_rows: of a query tile where every request has one row.
+        lone_tile_rows: of a query tile where every request has one row. prefill_rows: prompt tokens of one forward in lanes whose
+        decoder itself runs the prompt.
         """
         self.network, self.page_size, self.num_pages = network, page_size, num_pages
         self.max_seats, self.pages_per_seat, self.max_rows = max_seats, pages_per_seat, max_rows
-        self.lone_tile_rows = lone_tile_rows
+        self.lone_tile_rows, self.prefill_rows = lone_tile_rows, prefill_rows
         self.mask_id, self.banned_ids, self.use_kernels = mask_id, banned_ids, use_kernels
         self.device, self.is_cuda = network.device, network.device.type == "cuda"
         config = network.config
@@ -127,6 +131,7 @@ class Runner:
             device=self.device,
             use_kernels=self.use_kernels,
             max_rows=self.max_rows,
+            prefill_rows=self.prefill_rows,
         )
 
     def drop_lane(self, lane: Lane) -> None:
@@ -198,14 +203,14 @@ class Runner:
         self.pool.values[:, rows] = host.values.to(self.device)
 
     def _page_rows(self, pages: list[int]) -> Tensor:
-        first = torch.tensor(pages, device=self.device)[:, None] * self.page_size
+        first = torch.tensor(pages, dtype=torch.long, device=self.device)[:, None] * self.page_size
         return (first + torch.arange(self.page_size, device=self.device)).flatten()
 
     def _shape(self, lane: Lane, num_seats: int, num_rows: int, num_prompt_rows: int, candidates: int) -> Shape:
         if not self.is_cuda:
             return Shape(num_seats, num_prompt_rows, max(num_rows, 1), candidates, TILE_ROWS)
         num_prompt_rows = at_least(PROMPT_ROWS, num_prompt_rows)
-        if lane.key.slots is None:
+        if lane.key.decoder == "autoregressive":
             return Shape(num_seats, num_prompt_rows, num_seats, candidates, TILE_ROWS if num_prompt_rows else self.lone_tile_rows)
         rows = max(num_rows, 1)
         if num_prompt_rows:
@@ -305,23 +310,29 @@ class Runner:
         )
         new = self.scratch.first(rows.num_rows)
         hidden = network.forward(rows, spans, tiles, self.pool, new)
-        readout = self._readout(lane, hidden[num_prompt:], decode_rows)
+        readout = self._readout(lane, hidden[num_prompt:], decode_rows, num_seats)
         if num_prompt:
             self._store(new, self.prompt_sources[:num_prompt], self.prompt_targets[:num_prompt])
             spans.cached.add_(spans.prompt_end - spans.prompt_start)
         lane.rounds.settle(readout, spans, num_seats=num_seats, candidates=shape.candidates)
-        num_kept = num_seats * lane.rounds.num_kept
-        self._store(new, lane.rounds.source[:num_kept], lane.rounds.target[:num_kept])
+        if num_kept := _num_kept(lane, shape):
+            self._store(new, lane.rounds.source[:num_kept], lane.rounds.target[:num_kept])
         if num_prompt:
             spans.prompt_start.zero_()
             spans.prompt_end.zero_()
 
-    def _readout(self, lane: Lane, hidden: Tensor, rows: Rows) -> Readout:
+    def _readout(self, lane: Lane, hidden: Tensor, rows: Rows, num_seats: int) -> Readout:
+        """Of all decode rows; of a diffusion lane only of those it reads."""
+        seat, positions = rows.seat, rows.positions
+        if isinstance(lane.rounds, DiffusionRounds):
+            reads = lane.rounds.reads[: num_seats * lane.rounds.block_size]
+            hidden, seat, positions = hidden.index_select(0, reads), seat.index_select(0, reads), positions.index_select(0, reads)
         num_rows = hidden.shape[0]
         given_ids = lane.rounds.given_ids[:num_rows]
+        num_runner_ups = 0 if lane.key.slots is None else lane.key.slots.alternatives
         if lane.key.is_greedy:
-            return self.network.readout(hidden, self.bias_banned, given_ids)
-        seat = rows.seat.clamp(min=0).long()
+            return self.network.readout(hidden, self.bias_banned, given_ids, num_runner_ups)
+        seat = seat.clamp(min=0).long()
         return sampled_readout(
             self.network.logits(hidden),
             self.banned_ids,
@@ -329,12 +340,20 @@ class Runner:
             lane.temperature[seat],
             lane.top_p[seat] if lane.key.has_top_p else None,
             lane.rounds.seeds[:num_rows],
-            rows.positions,
+            positions,
             lane.rounds.attempts[:num_rows],
+            num_runner_ups,
         )
 
     def _store(self, new: KeyValues, source: Tensor, target: Tensor) -> None:
         self.network.ops.store_rows(new.keys, new.values, self.pool.keys, self.pool.values, source, target)
+
+
+def _num_kept(lane: Lane, shape: Shape) -> int:
+    """Entries of `source` and `target` that a forward of this shape fills."""
+    if isinstance(lane.rounds, DiffusionRounds):
+        return shape.num_rows if lane.rounds.has_cache else 0
+    return shape.num_seats * lane.rounds.num_kept
 
 
 def fewest_rows(key: LaneKey, num_seats: int) -> int:
@@ -347,7 +366,7 @@ def most_rows(key: LaneKey, candidates: int) -> int:
     """Rows of a seat that verifies and plans a whole block, with masks behind so many accepted lengths of every slot."""
     assert key.slots is not None, "slots are cut in slot lanes"
     size, width = key.slots.slot_size, key.width
-    groups = candidates * size - candidates * (candidates + 1) // 2
+    groups = int(group_rows(np.array(size), key.slots, candidates))
     return width * (2 * size + groups) + (width - 1) * candidates
 
 

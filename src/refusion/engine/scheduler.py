@@ -19,7 +19,7 @@ from refusion.engine.candidates import Candidates
 from refusion.engine.lanes import LaneKey
 from refusion.engine.pages import PagePool
 from refusion.engine.prefix import PrefixCache
-from refusion.engine.requests import NewRequest, Request, State, answer_room, lane_key
+from refusion.engine.requests import NewRequest, Request, State, cache_room, diffusion_rows, first_room, lane_key
 from refusion.engine.runner import PromptRows, Runner, most_rows
 from refusion.engine.seats import Seats
 from refusion.engine.shapes import seat_bucket
@@ -96,17 +96,26 @@ class Scheduler:
             raise RequestError("decoder 'auto' goes by the load, which batch_invariant forbids; name the decoder")
         for decoder in ("refusion", "autoregressive") if new.decoder == "auto" else (new.decoder,):
             key = lane_key(new, decoder)
-            num_tokens = len(new.prompt_ids) + answer_room(new, key)
-            if num_tokens > self.pool.num_pages * self.runner.page_size:
+            if cache_room(new, key) > self.pool.num_pages * self.runner.page_size:
                 raise RequestError(
                     f"prompt {new.index} has {len(new.prompt_ids)} tokens and max_tokens is {new.sampling.max_tokens}, together more than "
                     f"the KV cache of {self.pool.num_pages * self.runner.page_size} tokens holds; lower max_tokens or raise cache_tokens"
                 )
-            if self._seats_that_fit(key) < 1:
+            if key.diffusion is not None:
+                self._check_rows(new, key)
+            elif self._seats_that_fit(key) < 1:
                 raise RequestError(
                     f"blocks of {_block(key)} tokens need {self._rows_each(key)} rows in a forward of at most {self.limits.decode_rows}; "
                     f"lower {'block_size or max_candidates' if self.batch_invariant else 'block_size'} or raise max_decode_rows"
                 )
+
+    def _check_rows(self, new: NewRequest, key: LaneKey) -> None:
+        num_rows = diffusion_rows(new, key, key.width)
+        if num_rows > self.limits.decode_rows:
+            raise RequestError(
+                f"prompt {new.index} has {len(new.prompt_ids)} tokens and max_tokens is {new.sampling.max_tokens}; {new.decoder} needs "
+                f"{num_rows} rows in a forward of at most {self.limits.decode_rows}; lower max_tokens or raise max_decode_rows"
+            )
 
     def add(self, request: Request) -> None:
         """Queue up."""
@@ -187,12 +196,13 @@ class Scheduler:
         self.num_open, self._blocked = 0, None
         return open_requests
 
-    def expected(self, key: LaneKey, num_requests: int, prompt_tokens: int) -> tuple[Seats, Expected]:
+    def expected(self, key: LaneKey, num_requests: int, prompt_tokens: int, answer_tokens: int) -> tuple[Seats, Expected]:
         """The lane of such requests, and how much of a load of them it takes at once."""
         seats = self._lane(key)
         return seats, Expected(
             num_requests=min(num_requests, seats.num_seats),
             prompt_tokens=prompt_tokens,
+            answer_tokens=answer_tokens,
             most_seats=self.limits.num_seats,
             prompt_rows=self.limits.prompt_rows,
             decode_rows=self.limits.decode_rows,
@@ -218,7 +228,12 @@ class Scheduler:
             del self.lanes[seats.key]
 
     def _seats_that_fit(self, key: LaneKey) -> int:
-        """Seats of a lane: rows of a forward suffice even if every seat verifies and plans a whole block."""
+        """Seats of a lane: rows of a forward suffice even if every seat verifies and plans a whole block.
+
+        How many rows a request of a diffusion lane takes depends on its prompt; they are counted when it is to be seated.
+        """
+        if key.diffusion is not None:
+            return self.limits.num_seats
         return min(self.limits.num_seats, self.limits.decode_rows // self._rows_each(key))
 
     def _rows_each(self, key: LaneKey) -> int:
@@ -254,7 +269,7 @@ class Scheduler:
         """Pages for all that the next forward may commit; the youngest requests make room if they must."""
         for request in seats.short_of_pages():
             while request.is_seated and not self._extend(seats, request):
-                victim = _youngest_first(each for lane in self.lanes.values() for each in lane.requests)[0]
+                victim = _youngest_first(each for lane in self.lanes.values() for each in lane.requests if each.pages)[0]
                 assert victim.key is not None, "who sits is in a lane"
                 self._put_aside(self.lanes[victim.key], victim)
 
@@ -293,7 +308,8 @@ class Scheduler:
                 if not self._decide():
                     return
                 continue
-            if self._waits_behind(request) or not self._seat(seats, request):
+            has_rows = seats.has_rows_for(request, self.limits.decode_rows)
+            if self._waits_behind(request) or not has_rows or not self._seat(seats, request):
                 return
             if request.state is State.PREFILLING:
                 rows_left -= len(request.prefill_ids) - request.num_prefilled
@@ -309,8 +325,9 @@ class Scheduler:
         """A seat with pages for all it had or its whole prompt, and for its next round; False if there are too few."""
         page_size = self.runner.page_size
         tokens = request.prefill_ids
-        cached = len(tokens) if request.saved is None else request.saved.num_cached
-        wanted = min(cached + seats.most_committed, len(tokens) + answer_room(request.new, seats.key))
+        cached = 0 if request.saved is None else request.saved.num_cached
+        held = max(cached, first_room(request.new, seats.key))
+        wanted = min(held + seats.most_committed, cache_room(request.new, seats.key))
         shared, chain = [], request.chain
         if request.saved is None:
             match = self.prefix.match(tokens)

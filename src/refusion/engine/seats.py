@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refusion.decoding.diffusion_params import MaskedDiffusionParams
+from refusion.decoding.diffusion_rounds import CACHED, NEXT_ROWS, DiffusionRounds
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import IS_DONE
 from refusion.decoding.state import DONE
 from refusion.engine.commits import Demand, commits, fresh_agenda, num_committed
 from refusion.engine.experience import Experience
 from refusion.engine.lanes import Lane, LaneKey
-from refusion.engine.requests import GAP, Request, Saved, State, answer_room
+from refusion.engine.requests import GAP, Request, Saved, State, cache_room, diffusion_rows, first_room
 from refusion.engine.runner import Runner
 
 # B = seats, R = report columns, N = answer tokens
@@ -49,7 +51,7 @@ class Seats:
         self.most_committed = key.width * size
         """Tokens one forward can commit for one request."""
         room = -(-key.max_tokens // self.most_committed) * self.most_committed
-        self.demand = Demand(lane.rounds.columns) if isinstance(lane.rounds, RefusionRounds) else None
+        self.demand = Demand(lane.rounds.columns, lane.rounds.slots) if isinstance(lane.rounds, RefusionRounds) else None
         self.requests: list[Request] = []
         self.waiting: list[tuple[int, Request]] = []  # a heap by arrival
         self.reports = np.zeros((num_seats, lane.rounds.report_width), dtype=np.int32)  # [B, R] of the last forward
@@ -59,12 +61,18 @@ class Seats:
         self._free_lines = deque(range(2 * num_seats))
         self.cached = lane.cached_host
         """[B] committed tokens; between two forwards the device has the same."""
+        self.first_room = np.zeros(num_seats, dtype=np.int32)  # tokens that there is room for from the start
         self.most_cached = np.zeros(num_seats, dtype=np.int32)  # prompt and all of the answer
         self.room = np.zeros(num_seats, dtype=np.int32)  # tokens that fit the pages
         self.is_decoding = np.zeros(num_seats, dtype=bool)  # not before the last prompt token is on its way, not behind the last token
         self.is_fresh = np.zeros(num_seats, dtype=bool)  # decoding, but not yet part of a forward
         self.has_listeners = np.zeros(num_seats, dtype=bool)
+        self.num_missing = np.zeros(num_seats, dtype=np.int32)  # tokens of the answer that are not final yet
         self.num_forwards = 0  # so far
+        self._by_seat = (
+            self.reports, self.line, self.first_room, self.most_cached, self.room, self.is_decoding, self.is_fresh, self.has_listeners,
+            self.num_missing,
+        )  # fmt: skip
         self._unbooked: Glance | None = None
 
     def __len__(self) -> int:
@@ -88,6 +96,13 @@ class Seats:
         seats = np.flatnonzero(~self.is_decoding[: len(self.requests)]).tolist()
         return [request for seat in seats if (request := self.requests[seat]).state is State.PREFILLING]
 
+    def has_rows_for(self, request: Request, most: int) -> bool:
+        """Whether a forward of `most` decode rows holds all who sit here and this request; only diffusion lanes can run short."""
+        rounds = self.lane.rounds
+        if not isinstance(rounds, DiffusionRounds):
+            return True
+        return sum(diffusion_rows(each.new, self.key, rounds.prefill_rows) for each in (*self.requests, request)) <= most
+
     def wait(self, request: Request) -> None:
         """Queue up; who came first is first, wherever it has been in between."""
         heapq.heappush(self.waiting, (request.arrival, request))
@@ -107,7 +122,9 @@ class Seats:
         request.seated_at = request.seated_at or time.perf_counter()
         self.room[seat] = len(pages) * runner.page_size
         self.line[seat] = self._free_lines.popleft()
-        self.most_cached[seat] = len(request.prefill_ids) + answer_room(request.new, self.key)
+        self.first_room[seat] = first_room(request.new, self.key)
+        self.most_cached[seat] = cache_room(request.new, self.key)
+        self.num_missing[seat] = request.new.sampling.max_tokens
         self.is_fresh[seat] = False
         self.has_listeners[seat] = request.has_listeners
         self.reports[seat] = 0
@@ -127,14 +144,13 @@ class Seats:
 
     def begin(self, request: Request) -> None:
         """Its whole prompt is in the cache, or will be after the forward to come: it takes part from that one on."""
-        sampling, seat = request.new.sampling, request.seat
-        self.lane.rounds.admit(
-            seat,
-            prompt_length=len(request.prompt_ids),
-            seed=sampling.seed,
-            max_tokens=sampling.max_tokens,
-            last_token=int(request.prompt_ids[-1]),
-        )
+        sampling, seat, num_prompt = request.new.sampling, request.seat, len(request.prompt_ids)
+        given = {"prompt_length": num_prompt, "seed": sampling.seed, "max_tokens": sampling.max_tokens}
+        if isinstance(self.lane.rounds, DiffusionRounds):
+            self.lane.rounds.admit(seat, **given, prompt_ids=request.prompt_ids.tolist())
+            self.reports[seat, NEXT_ROWS] = self.lane.rounds.first_rows(num_prompt, sampling.max_tokens)
+        else:
+            self.lane.rounds.admit(seat, **given, last_token=int(request.prompt_ids[-1]))
         if isinstance(self.lane.rounds, RefusionRounds):
             agenda = fresh_agenda(self.lane.rounds.columns, self.lane.rounds.slots.num_slots(sampling.max_tokens))
             first = self.lane.rounds.columns.agenda
@@ -163,6 +179,8 @@ class Seats:
     def num_rows(self, candidates: int) -> int:
         """Decode rows of the forward to come."""
         count = len(self.requests)
+        if isinstance(self.lane.rounds, DiffusionRounds):
+            return int(self.reports[:count, NEXT_ROWS].sum())
         if self.demand is None:
             return int(np.count_nonzero(self.is_decoding[:count]))
         return self.demand.total(self.reports[:count], candidates)
@@ -176,21 +194,35 @@ class Seats:
 
     def wanted(self, seat: int) -> int:
         """Tokens the cache of a seat must hold after the forward to come."""
-        return min(int(self.cached[seat]) + self.most_committed, int(self.most_cached[seat]))
+        held = max(int(self.cached[seat]), int(self.first_room[seat]))
+        return min(held + self.most_committed, int(self.most_cached[seat]))
 
     def can_repeat(self) -> bool:
         """The forward after the one under way is the same for everybody who is not done by then, and somebody is not."""
         count = len(self.requests)
+        if isinstance(self.key.diffusion, MaskedDiffusionParams):
+            return self._can_repeat_masked(count)
         return (
-            self.key.slots is None
+            self.key.decoder == "autoregressive"
             and bool(self.is_decoding[:count].all())
             and not self._is_short(2).any()  # one token by the forward under way, one by the next
             and bool((self.most_cached[:count] > self.cached[:count] + 1).any())
         )
 
+    def _can_repeat_masked(self, count: int) -> bool:
+        """Without a cache, a forward of masked diffusion runs prompt and answer whatever the one before it brought."""
+        rounds = self.lane.rounds
+        return (
+            isinstance(rounds, DiffusionRounds)
+            and not rounds.has_cache
+            and bool(self.is_decoding[:count].all())
+            and bool((self.num_missing[:count] > rounds.most_committed).any())
+        )
+
     def _is_short(self, num_tokens: int) -> np.ndarray:
         count = len(self.requests)
-        wanted = np.minimum(self.cached[:count] + num_tokens, self.most_cached[:count])
+        held = np.maximum(self.cached[:count], self.first_room[:count])
+        wanted = np.minimum(held + num_tokens, self.most_cached[:count])
         return self.is_decoding[:count] & (wanted > self.room[:count])
 
     def glance(self, report: np.ndarray) -> Glance:
@@ -206,7 +238,11 @@ class Seats:
         else:
             self.reports[:count][took_part] = report[took_part]
             new = new * took_part
-        self.cached[:count] += new
+        if isinstance(self.lane.rounds, DiffusionRounds):
+            self.cached[:count] = np.where(took_part, report[:, CACHED], self.cached[:count])
+        else:
+            self.cached[:count] += new
+        self.num_missing[:count] -= new
         self.is_decoding[:count] &= ~is_done
         self._unbooked = Glance(
             self, time.perf_counter(), self.requests.copy(), self.line[:count].copy(), took_part, is_done, before, report, int(new.sum())
@@ -239,7 +275,7 @@ class Seats:
         self._free_lines.append(int(self.line[seat]))
         if seat != last:
             self.lane.move(last, seat)
-            for array in (self.reports, self.line, self.most_cached, self.room, self.is_decoding, self.is_fresh, self.has_listeners):
+            for array in self._by_seat:
                 array[seat] = array[last]
             self.requests[seat] = self.requests[last]
             self.requests[seat].seat = seat
@@ -284,6 +320,7 @@ class Seats:
         runner.swap_in(saved.pages, request.pages[: -(-saved.num_cached // runner.page_size)])
         self.lane.rounds.restore(seat, saved.rounds)
         self.reports[seat], self.written[self.line[seat]] = saved.report, saved.written
+        self.num_missing[seat] -= np.count_nonzero(saved.written != GAP)
         self.is_decoding[seat] = True
         self.lane.set_cached(seat, saved.num_cached)
 
@@ -291,3 +328,5 @@ class Seats:
         """It needs no rows."""
         if isinstance(self.lane.rounds, RefusionRounds):
             self.reports[seat, self.lane.rounds.columns.agenda] = DONE
+        elif isinstance(self.lane.rounds, DiffusionRounds):
+            self.reports[seat, NEXT_ROWS] = 0

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from refusion.decoding.diffusion_params import MaskedDiffusionParams
 from refusion.engine.candidates import Candidates
 from refusion.engine.lanes import LaneKey
 from refusion.engine.runner import fewest_rows, most_rows
@@ -27,6 +28,8 @@ class Expected:
     """Most requests that run together."""
     prompt_tokens: int
     """Of the longest prompt."""
+    answer_tokens: int
+    """Of an answer."""
     most_seats: int
     """Of any lane; seat buckets end there."""
     prompt_rows: int
@@ -40,8 +43,11 @@ def wanted_shapes(key: LaneKey, candidates: Candidates, load: Expected) -> Itera
     least = 1
     for step in SEATS:
         num_seats, most = min(step, load.most_seats), min(step, load.num_requests)
-        for num_prompt in _prompt_rows(min(load.prompt_rows, most * load.prompt_tokens)):
-            if key.slots is None:
+        num_prompt_rows = 0 if key.diffusion is not None else min(load.prompt_rows, most * load.prompt_tokens)
+        for num_prompt in _prompt_rows(num_prompt_rows):
+            if key.diffusion is not None:
+                yield from _diffusion_shapes(key, load, num_seats, (least, most))
+            elif key.slots is None:
                 yield WantedShape(num_seats, num_seats, num_prompt, 0)
             else:
                 yield from _slot_shapes(key, candidates, load, num_prompt, num_seats, (least, most))
@@ -54,6 +60,20 @@ def _prompt_rows(most: int) -> tuple[int, ...]:
     """All buckets up to the one that holds `most`."""
     last = at_least(PROMPT_ROWS, most)
     return tuple(rows for rows in PROMPT_ROWS if rows <= last)
+
+
+def _diffusion_shapes(key: LaneKey, load: Expected, num_seats: int, seated: tuple[int, int]) -> Iterator[WantedShape]:
+    """From a block of the fewest requests to prompts and answers, or prompts and blocks, of the most."""
+    most_each, fewest_each = load.prompt_tokens + key.width, key.width
+    if isinstance(key.diffusion, MaskedDiffusionParams):
+        most_each = load.prompt_tokens + load.answer_tokens
+        fewest_each = load.answer_tokens + 1 if key.diffusion.cache == "none" else key.width
+    most = row_bucket(min(seated[1] * max(most_each, 2 * key.width), load.decode_rows), num_seats)
+    rows = min(seated[0] * fewest_each, most)
+    while (bucket := row_bucket(rows, num_seats)) < most:
+        yield WantedShape(num_seats, bucket, 0, 0)
+        rows = bucket + 1
+    yield WantedShape(num_seats, most, 0, 0)
 
 
 def _slot_shapes(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from refusion.evaluation.scoring import ScoreRow, score_rows
+from refusion.evaluation.scoring import ScoreRow, TokenScores, score_rows
 from refusion.evaluation.statistics import Interval, pooled_ratio
 from refusion.model.transformer import Transformer
 
@@ -35,10 +35,24 @@ def score_fidelity(
 ) -> Fidelity:
     """Agreement and NLL of the answers under `base_model`, which should be in float32; `banned_ids` are never its argmax."""
     assert len(prompt_ids) == len(token_ids), f"{len(prompt_ids)} prompts but {len(token_ids)} answers"
-    rows = [ScoreRow.continuation(prompt, answer) for prompt, answer in zip(prompt_ids, token_ids, strict=True) if len(answer) > 0]
-    scores = score_rows(base_model, rows, batch_size, banned_ids)
+    scores = [score for score in answer_scores(base_model, prompt_ids, token_ids, batch_size, banned_ids=banned_ids) if score.log_probs]
     counts = [len(score.is_argmax) for score in scores]
     interval = pooled_ratio([sum(score.is_argmax) for score in scores], counts)
     num_tokens = sum(counts)
     nll = -math.fsum(score.total for score in scores)
     return Fidelity(interval.value, nll / num_tokens if num_tokens else math.nan, num_tokens, interval)
+
+
+def answer_scores(
+    base_model: Transformer,
+    prompt_ids: Sequence[Sequence[int]],
+    token_ids: Sequence[Sequence[int]],
+    batch_size: int = 8,
+    *,
+    banned_ids: Iterable[int] = (),
+) -> list[TokenScores]:
+    """The base model's scores of every answer, none of an empty one."""
+    filled = [i for i, answer in enumerate(token_ids) if len(answer) > 0]
+    rows = [ScoreRow.continuation(prompt_ids[i], token_ids[i]) for i in filled]
+    found = dict(zip(filled, score_rows(base_model, rows, batch_size, banned_ids), strict=True))
+    return [found.get(i, TokenScores([], [])) for i in range(len(token_ids))]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from refusion.decoding.params import SamplingParams, SlotParams
 from refusion.errors import CheckpointError, ConfigError
+from refusion.evaluation.diffusion_likelihood import diffusion_bounds
 from refusion.evaluation.likelihood import BoundSettings, Likelihood, Pair, chain_likelihoods, slot_bounds
-from refusion.llm import DECODERS, LLM, RequestOutput
+from refusion.llm import DECODERS, DIFFUSION, LLM, RequestOutput
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -45,7 +46,8 @@ class ReFusionLM(TemplateLM):
     pretrained: named model, directory, or an `LLM`. decoder: "refusion", "autoregressive", ... batch_size: prompts decoded together and
     rows scored together. likelihood_samples: masked sets per continuation in the bound. check_greedy: whether likelihood requests also
     find out, by decoding, if the continuation is what the model would write (costs a decoding each; the chain knows it for nothing).
-    Slot settings (slot_size=..., serial_blocks=..., ...) hold for every task that does not bring its own.
+    Slot settings (slot_size=..., serial_blocks=..., ...) hold for every task that does not bring its own; a diffusion decoder takes its
+    own settings (block_size=..., threshold=..., ...) instead, and a task's slot settings mean nothing to it.
     """
 
     def __init__(
@@ -62,12 +64,16 @@ class ReFusionLM(TemplateLM):
         seed: int = 0,
         likelihood_samples: int = 32,
         check_greedy: bool = True,
-        **slots: Any,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        _refuse_unknown(slots, SLOT_FIELDS, "model argument", ("pretrained", "decoder", "device", "dtype", "seed", "likelihood_samples"))
         if decoder not in DECODERS:
             raise ConfigError(f"unknown decoder {decoder!r}; use one of {', '.join(DECODERS)}")
+        kind = DIFFUSION.get(decoder)
+        known = SLOT_FIELDS if kind is None else tuple(field.name for field in fields(kind))
+        _refuse_unknown(settings, known, "model argument", ("pretrained", "decoder", "device", "dtype", "seed", "likelihood_samples"))
+        slots = settings if kind is None else {}
+        diffusion = None if kind is None else kind(**settings)
         self.llm = pretrained if isinstance(pretrained, LLM) else LLM.from_pretrained(pretrained, device=device or _device(), dtype=dtype)
         if self.llm.tokenizer is None:
             raise CheckpointError(f"{self.llm.path} has no tokenizer.json; put the tokenizer of its base beside the weights")
@@ -78,6 +84,7 @@ class ReFusionLM(TemplateLM):
             )
         self.decoder, self.seed, self.check_greedy = decoder, seed, check_greedy
         self.slots = slots
+        self.diffusion = self.llm.resolve_diffusion(decoder, diffusion)
         self.num_samples = likelihood_samples
         self.batch_size = int(batch_size) if batch_size is not None and str(batch_size).isdigit() else None  # "auto" is ours to choose
         self.max_gen_toks = max_gen_toks
@@ -151,9 +158,12 @@ class ReFusionLM(TemplateLM):
         prompts = [self.tok_encode(context) for context in contexts]
         if num_long := sum(len(prompt) > room for prompt in prompts):
             _log.warning("%d prompts are longer than %d tokens and lose their beginning", num_long, room)
-        outputs = self.llm.generate([prompt[-room:] for prompt in prompts], sampling, slots, self.decoder, batch_size=self.batch_size)
+        outputs = self._generate([prompt[-room:] for prompt in prompts], sampling, slots)
         self.outputs += outputs
         return outputs
+
+    def _generate(self, prompts: Sequence[list[int]], sampling: SamplingParams, slots: SlotParams) -> list[RequestOutput]:
+        return self.llm.generate(prompts, sampling, slots, self.decoder, diffusion=self.diffusion, batch_size=self.batch_size)
 
     def settings(self, options: Mapping[str, Any]) -> tuple[SamplingParams, SlotParams]:
         """What a task's `generation_kwargs` mean. Raises ConfigError for one that is unknown here, rather than ignoring it."""
@@ -216,11 +226,16 @@ class ReFusionLM(TemplateLM):
         elif self.decoder == "refusion":
             mask_id = self.llm.model.config.mask_token_id
             assert mask_id is not None, "checked when the model was loaded"
-            slot_size = SlotParams(**self.slots).resolve(self.llm.recommended).slot_size
+            slot_size = self.llm.resolve_slots(SlotParams(**self.slots)).slot_size
             settings = BoundSettings(slot_size=slot_size, num_samples=self.num_samples, seed=self.seed)
             found = slot_bounds(self.llm.model, pairs, mask_id, settings, self._rows)
+        elif self.diffusion is not None:
+            mask_id = self.llm.model.config.mask_token_id
+            assert mask_id is not None, "checked when the model was loaded"
+            noise = {"num_samples": self.num_samples, "seed": self.seed}
+            found = diffusion_bounds(self.llm.model, pairs, mask_id, self.diffusion, **noise, batch_size=self._rows)
         else:
-            raise ConfigError(f"decoder={self.decoder} has no likelihood here; use refusion or autoregressive, or generative tasks")
+            raise ConfigError(f"decoder={self.decoder} has no likelihood here; name the decoder, or use generative tasks")
         self.likelihoods += found
         return found
 
@@ -245,7 +260,8 @@ class ReFusionLM(TemplateLM):
     def _fitted(self, context: list[int], answer: list[int]) -> Pair:
         """A pair within the model's context; the beginning of the context is what goes."""
         assert len(answer) <= self.max_length, f"a continuation of {len(answer)} tokens, the context holds {self.max_length}"
-        room = self.max_length + 1 - len(answer)  # the last token of the answer is never fed
+        is_chain = self.diffusion is None
+        room = max(self.max_length + is_chain - len(answer), 1)  # the last token of the answer is never fed to a chain
         return context[-room:], answer
 
     def _are_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
@@ -256,7 +272,7 @@ class ReFusionLM(TemplateLM):
         for length in {len(answer) for _, answer in pairs}:
             indices = [i for i, (_, answer) in enumerate(pairs) if len(answer) == length]
             prompts = [list(pairs[i][0])[-(self.max_length - length) :] for i in indices]
-            outputs = self.llm.generate(prompts, SamplingParams(max_tokens=length), slots, self.decoder, batch_size=self.batch_size)
+            outputs = self._generate(prompts, SamplingParams(max_tokens=length), slots)
             for i, output in zip(indices, outputs, strict=True):
                 found[i] = list(output.token_ids) == list(pairs[i][1])
         return found
@@ -270,6 +286,8 @@ class ReFusionLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into its result file about the model: settings, and what the answers and bounds were like."""
         info: dict[str, Any] = {"decoder": self.decoder, "model_dtype": str(self.llm.model.dtype), "slots": dict(self.slots)}
+        if self.diffusion is not None:
+            info["diffusion"] = asdict(self.diffusion)
         if self.outputs:
             stats = [output.stats for output in self.outputs]
             info["num_tokens"], info["num_forwards"] = sum(stat.num_tokens for stat in stats), sum(stat.num_forwards for stat in stats)

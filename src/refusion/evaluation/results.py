@@ -37,6 +37,8 @@ class Run:
     label: str
     settings: Mapping[str, Any]
     figures: Mapping[str, Figure]
+    series: Mapping[str, Sequence[float] | Mapping[str, float]] = field(default_factory=dict)
+    """Curves, such as a loss by step, and lists; left out of the file where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +55,15 @@ class Result:
 
 def write_result(path: Path, result: Result) -> dict[str, Any]:
     """Write the file, whole or not at all; returns its content."""
-    content = {
+    content = content_of(result)
+    with atomic_file(path) as draft:
+        draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return content
+
+
+def content_of(result: Result) -> dict[str, Any]:
+    """What a result file says: the result, when, on what and from which code it came."""
+    return {
         "schema": SCHEMA,
         "name": result.name,
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -63,12 +73,9 @@ def write_result(path: Path, result: Result) -> dict[str, Any]:
         "command": command_line(),
         "settings": to_plain(result.settings),
         "figures": {name: to_plain(figure) for name, figure in result.figures.items()},
-        "runs": [to_plain(asdict(run)) for run in result.runs],
+        "runs": [{name: value for name, value in to_plain(asdict(run)).items() if value or name != "series"} for run in result.runs],
         "notes": result.notes,
     }
-    with atomic_file(path) as draft:
-        draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return content
 
 
 def read_result(path: Path) -> dict[str, Any]:

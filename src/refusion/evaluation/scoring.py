@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens, batched: one forward per batch of rows, logits only where a token is scored.
 
-A row is whatever physical sequence the caller lays out (text left to right, or clean slots and then masks); attention is causal over it.
-What the numbers mean is up to the caller.
+A row is whatever physical sequence the caller lays out (text left to right, or clean slots and then masks); attention is causal over it
+unless the row says otherwise. What the numbers mean is up to the caller.
 """
 
 from __future__ import annotations
@@ -23,6 +23,15 @@ ROWS_PER_HEAD = 2048
 
 
 @dataclass(frozen=True, slots=True)
+class Sight:
+    """Per token of a row: its segment, its rank there (tokens of equal rank see one another), and up to which rank it sees segment 0."""
+
+    segments: Sequence[int]
+    ranks: Sequence[int]
+    visible: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreRow:
     """One sequence: its tokens, their positions in the text, and which token the hidden state at which index has to predict."""
 
@@ -30,6 +39,8 @@ class ScoreRow:
     position_ids: Sequence[int]
     indices: Sequence[int]
     targets: Sequence[int]
+    sight: Sight | None = None
+    """Who sees whom; None: every token sees those before it."""
 
     @classmethod
     def continuation(cls, context_ids: Sequence[int], answer_ids: Sequence[int]) -> ScoreRow:
@@ -85,8 +96,20 @@ def _hidden_states(model: Transformer, rows: list[ScoreRow]) -> Tensor:
     for i, row in enumerate(rows):
         input_ids[i, : len(row.input_ids)] = torch.as_tensor(row.input_ids)
         positions[i, : len(row.input_ids)] = torch.as_tensor(row.position_ids)
-    is_token = torch.ones_like(input_ids, dtype=torch.bool).to(model.device)
     cache = model.new_cache(len(rows), width)
-    hidden = model(input_ids.to(model.device), positions.to(model.device), Segments.causal(is_token), cache)  # [B, T, hidden]
+    hidden = model(input_ids.to(model.device), positions.to(model.device), _segments(rows, width, model.device), cache)  # [B, T, hidden]
     places = torch.tensor([(i, index) for i, row in enumerate(rows) for index in row.indices], device=model.device)  # [N, 2]
     return hidden[places[:, 0], places[:, 1]]
+
+
+def _segments(rows: list[ScoreRow], width: int, device: torch.device) -> Segments:
+    """Of all rows, padded to `width`."""
+    columns = torch.zeros(3, len(rows), width, dtype=torch.long)
+    columns[0] = -1  # padding
+    for i, row in enumerate(rows):
+        length = len(row.input_ids)
+        sight = row.sight or Sight([0] * length, range(length), [0] * length)
+        for column, values in zip(columns, (sight.segments, sight.ranks, sight.visible), strict=True):
+            column[i, :length] = torch.as_tensor(values)
+    segment, rank, visible = columns.to(device)
+    return Segments(segment, rank, torch.zeros_like(segment), visible, torch.zeros_like(segment, dtype=torch.bool))

@@ -15,10 +15,11 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from refusion.decoding.diffusion_params import DiffusionParams
 from refusion.decoding.params import SlotParams
 from refusion.errors import ConfigError, DataError
 from refusion.evaluation.benchmarks import Benchmark, choose, load_tasks
@@ -54,6 +55,8 @@ class SuiteSettings:
     """Slot settings: the paper's of each benchmark, or the same `slots` for all."""
     slots: SlotParams = field(default_factory=SlotParams)
     """With setting="one"; what is left out is the checkpoint's own for the device."""
+    diffusion: DiffusionParams | None = None
+    """Settings of a diffusion decoder, for all benchmarks."""
     batch_size: int | None = None
     """Questions decoded together; None: the engine's choice."""
     seed: int = 0
@@ -108,7 +111,8 @@ def run_suite(
     from refusion.evaluation.harness import ReFusionLM
 
     _quiet()
-    lm = ReFusionLM(llm, decoder=settings.decoder, batch_size=settings.batch_size, seed=settings.seed)
+    diffusion = {} if settings.diffusion is None else asdict(settings.diffusion)
+    lm = ReFusionLM(llm, decoder=settings.decoder, batch_size=settings.batch_size, seed=settings.seed, **diffusion)
     loaded, missing = _load(settings)
     if not loaded:
         raise DataError("; ".join(missing))
@@ -281,7 +285,7 @@ def _identity(llm: LLM, settings: SuiteSettings, model_name: str) -> dict[str, A
         "setting": settings.setting,
         "slots": _given(settings.slots),
         "seed": settings.seed,
-    }
+    } | ({} if (diffusion := llm.resolve_diffusion(settings.decoder, settings.diffusion)) is None else {"diffusion": asdict(diffusion)})
 
 
 def _run_settings(lm: ReFusionLM, asked: Sequence[Question], settings: SuiteSettings) -> dict[str, Any]:
@@ -289,6 +293,8 @@ def _run_settings(lm: ReFusionLM, asked: Sequence[Question], settings: SuiteSett
     sampling, slots = lm.settings(asked[0].options)
     if settings.setting == "one":
         slots = settings.slots
+    if lm.diffusion is not None:
+        return {"decoder": settings.decoder, "max_tokens": sampling.max_tokens, "diffusion": asdict(lm.diffusion)}
     shown = lm.llm.resolve_slots(slots) if settings.decoder == "refusion" else _given(slots)
     return {"decoder": settings.decoder, "max_tokens": sampling.max_tokens} | (
         {} if settings.decoder == "autoregressive" else {"slots": shown}

@@ -140,11 +140,20 @@ class CpuOps:
             return mixed if piece.end == num_rows else F.pad(mixed, (0, 0, 0, num_rows - piece.end))
         return attention_ops.attend(query, new_keys, new_values, keys, values, rows, spans, plan=plan)
 
-    def readout(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias_banned: Tensor, given_ids: Tensor) -> Readout:
+    def readout(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Weight,
+        bias_banned: Tensor,
+        given_ids: Tensor,
+        num_runner_ups: int = 0,
+    ) -> Readout:
         """Greedy readout of rms_norm(x) @ weight.T + bias_banned; probabilities in float32."""
         banned = self._banned_ids(bias_banned)
         parts = [
-            _read(self._norm(part, norm_weight, eps), weight, banned, given)
+            _read(self._norm(part, norm_weight, eps), weight, banned, given, num_runner_ups)
             for part, given in zip(x.split(ROWS_AT_ONCE), given_ids.split(ROWS_AT_ONCE), strict=True)
         ]
         return parts[0] if len(parts) == 1 else Readout(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -190,7 +199,7 @@ def _linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias) if isinstance(weight, Tensor) else ops._linear(x, weight, bias)
 
 
-def _read(normed: Tensor, weight: Weight, banned_ids: Tensor, given_ids: Tensor) -> Readout:
+def _read(normed: Tensor, weight: Weight, banned_ids: Tensor, given_ids: Tensor, num_runner_ups: int) -> Readout:
     """Readout of normed @ weight.T. In bfloat16 a logit of 20 is rounded to eighths: those that decide are computed again in float32."""
     logits = _linear(normed, weight).index_fill_(1, banned_ids, -torch.inf)
     given = given_ids.clamp(min=0).long()[:, None]
@@ -207,7 +216,8 @@ def _read(normed: Tensor, weight: Weight, banned_ids: Tensor, given_ids: Tensor)
     place = exact[:, :-1].argmax(dim=1, keepdim=True)
     best = asked.gather(1, place)[:, 0]
     given_share = shares[:, -1].masked_fill(given_ids < 0, 0.0)
-    return Readout(best, shares.gather(1, place)[:, 0], given_share, best == given_ids)
+    runner_ups = asked.gather(1, ops.next_best(exact[:, :-1].clone(), place[:, 0], num_runner_ups))
+    return Readout(best, shares.gather(1, place)[:, 0], given_share, best == given_ids, runner_ups)
 
 
 def _largest(logits: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class Readout(NamedTuple):
     confidence: Tensor  # float32, its probability
     given_probability: Tensor  # float32, probability of the given token; 0 for none and for banned ones
     given_is_argmax: Tensor  # bool
+    runner_ups: Tensor  # int64 [T, R], the most probable tokens but the first, falling; R as many as were asked for
 
 
 def rms_norm(x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
@@ -49,7 +50,9 @@ def linear_add(x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None 
     return residual + _linear(x, weight, bias)
 
 
-def readout(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias_banned: Tensor, given_ids: Tensor) -> Readout:
+def readout(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias_banned: Tensor, given_ids: Tensor, num_runner_ups: int = 0
+) -> Readout:
     """Greedy readout of rms_norm(x) @ weight.T + bias_banned, logits in float32.
 
     bias_banned [V] float32, 0 or -inf, some 0; given_ids [T] integer, negative where nothing is given.
@@ -63,7 +66,19 @@ def readout(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias_ban
     given = logits.gather(1, given_ids.clamp(min=0).long()[:, None])[:, 0]
     given = given.masked_fill(given_ids < 0, -torch.inf)
     confidence = (logits.gather(1, best[:, None])[:, 0] - normaliser).exp()
-    return Readout(best, confidence, (given - normaliser).exp(), best == given_ids)
+    return Readout(best, confidence, (given - normaliser).exp(), best == given_ids, next_best(logits, best, num_runner_ups))
+
+
+def next_best(logits: Tensor, chosen: Tensor, count: int) -> Tensor:
+    """[T, count] the most probable tokens but the chosen one [T], falling, the lowest id among equals; `logits` [T, V] are overwritten.
+
+    One argmax after the other: `topk` leaves the order of equals open.
+    """
+    found = [chosen]
+    for _ in range(count):
+        logits.scatter_(1, found[-1][:, None], -torch.inf)
+        found.append(logits.argmax(dim=1))
+    return torch.stack(found, dim=1)[:, 1:]
 
 
 def _linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

@@ -27,7 +27,7 @@ class Rows:
     positions: Tensor  # where the token stands in the text, prompt included
     seat: Tensor  # PADDING: nobody's row
     segment: Tensor
-    rank: Tensor  # place inside the segment
+    rank: Tensor  # place inside the segment; rows of equal rank see one another
     parent: Tensor  # NO_PARENT, TRUNK or a segment
     visible: Tensor  # how many tokens of the parent are seen
     is_trunk: Tensor  # 0 or 1

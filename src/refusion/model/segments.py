@@ -1,8 +1,9 @@
 """Which new token may see which: attention over segments.
 
-The new tokens of a forward come in segments. Inside a segment attention is causal; a segment may also see the first `visible` tokens of
-one parent segment, or the whole *trunk* (all tokens marked so). Every token sees the committed cache of its request. That is enough for
-plans, verification, infill and their fused forms, and no K/V of the prefix is ever copied per slot.
+The new tokens of a forward come in segments. Inside a segment attention is causal by rank, and tokens of equal rank see one another: one
+rank for all is bidirectional attention, the number of a block as rank is bidirectional inside blocks. A segment may also see the first
+`visible` tokens of one parent segment, or the whole *trunk* (all tokens marked so). Every token sees the committed cache of its request.
+That is enough for plans, verification, infill and their fused forms, and no K/V of the prefix is ever copied per slot.
 """
 
 from dataclasses import dataclass

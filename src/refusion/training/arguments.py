@@ -10,13 +10,14 @@ import torch
 from transformers import TrainingArguments
 
 from refusion.errors import ConfigError
+from refusion.training.network import computes_in_bfloat16
 from refusion.training.recipe import Recipe
 
 
 def training_arguments(recipe: Recipe, run_dir: Path, model: Any) -> TrainingArguments:
     """The Trainer's arguments for this recipe on this machine; making them joins the process group where there is one."""
     has_gpu = torch.cuda.is_available()
-    bfloat16 = recipe.model.precision == "bfloat16" or (recipe.model.precision == "auto" and has_gpu)
+    bfloat16 = computes_in_bfloat16(recipe, "cuda" if has_gpu else "cpu")
     optimizer, run = recipe.optimizer, recipe.run
     # TF32 for what autocast leaves in float32. Not by TrainingArguments(tf32=True): its API and the one that torch.compile asks differ.
     if has_gpu:

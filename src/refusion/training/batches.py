@@ -117,6 +117,12 @@ class Schedule:
     first_rows: list[int] = field(default_factory=list)
     """Number of rows before each plan, for all plans and the end."""
 
+    @property
+    def packed_share(self) -> float:
+        """Share of the first epoch's packed rows that holds documents; the rest is padding."""
+        plan = self.plans[0]
+        return float(self.corruption.lengths(plan.epoch, plan.ids).sum() / (plan.num_rows * self.corruption.pack_length))
+
     def rows(self, step: int, part: int = 0, num_parts: int = 1) -> list[tuple[int, IntArray]]:
         """(epoch, example ids) of each row of a step that belongs to `part` (every num_parts-th)."""
         first = step * self.rows_per_step
@@ -222,10 +228,10 @@ def pack_batch(
     """Lay documents side by side into [R, L] arrays. Padding sees only itself and has no target.
 
     Per token: input_ids, position_ids, labels, weights, terms, start, visible, group (`start` and `visible` count from the row's begin).
-    Per target, padded with weight 0 to a multiple of chunk_size: target_index (into the flattened rows), target_labels, target_weights,
-    target_terms; with `originals` (the texts prompt + answer, None where nothing is distilled) also target_teacher (into the flattened
-    teacher rows; distilled targets come first, num_teacher_chunks chunks of them) and teacher_input_ids, teacher_position_ids,
-    teacher_start [Rt, L].
+    Per target, padded with weight 0 to a multiple of chunk_size (by tokens that have none, while there are any): target_index (into the
+    flattened rows), target_labels, target_weights, target_terms; with `originals` (the texts prompt + answer, None where nothing is
+    distilled) also target_teacher (into the flattened teacher rows; distilled targets come first, num_teacher_chunks chunks of them) and
+    teacher_input_ids, teacher_position_ids, teacher_start [Rt, L].
     num_documents, num_units, num_ar, num_tokens and num_teacher_chunks are plain ints.
     """
     shape = (len(rows), pack_length)
@@ -259,7 +265,7 @@ def pack_batch(
             if original is not None:
                 offset = teacher.add(original)
                 target_teacher[r, span] = np.where(document.teacher_rows >= 0, document.teacher_rows + offset, -1)
-            num_groups += int(np.abs(document.group).max())
+            num_groups += _num_groups(document.group)
             num_units += document.num_units
             begin = span.stop
         num_tokens += begin
@@ -275,6 +281,14 @@ def pack_batch(
     }
 
 
+def _num_groups(group: IntArray) -> int:
+    """Groups of a document; `attention` relies on each being one run of neighbours."""
+    runs = group[np.flatnonzero(np.diff(group, prepend=0))]
+    runs = runs[runs != 0]
+    assert len(np.unique(runs)) == len(runs), ("a group is torn apart", group)
+    return int(np.abs(group).max())
+
+
 def _targets(arrays: dict[str, np.ndarray], teacher: np.ndarray | None, chunk_size: int) -> Batch:
     """The targets of a batch as flat lists padded to whole chunks, so that every chunk has the same shape."""
     index = np.flatnonzero(arrays["terms"])
@@ -284,12 +298,15 @@ def _targets(arrays: dict[str, np.ndarray], teacher: np.ndarray | None, chunk_si
         index = index[np.argsort(~has_teacher, kind="stable")]
         num_teacher_chunks = math.ceil(int(has_teacher.sum()) / chunk_size)
     padding = -len(index) % chunk_size
+    # Different tokens, for the backward pass of indexing adds up repeated ones one after the other. Few rows can lack so many.
+    others = np.flatnonzero(arrays["terms"] == 0)[:padding]
+    fill_index = np.concatenate([others, np.zeros(padding - len(others), dtype=np.int64)])
 
     def padded(values: np.ndarray, fill: int) -> Tensor:
         return torch.from_numpy(np.concatenate([values, np.full(padding, fill, dtype=values.dtype)]))
 
     targets: Batch = {
-        "target_index": padded(index, 0),
+        "target_index": torch.from_numpy(np.concatenate([index, fill_index])),
         "target_labels": padded(arrays["labels"].reshape(-1)[index], 0),
         "target_weights": padded(arrays["weights"].reshape(-1)[index], 0),
         "target_terms": padded(arrays["terms"].reshape(-1)[index], 0),

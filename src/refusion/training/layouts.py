@@ -49,14 +49,15 @@ def make_layout(objective: ObjectiveSettings, *, mask_token_id: int, seed: int, 
     if objective.name == "refusion":
         return ReFusionLayout(objective, mask_token_id, seed, pack_length)
     if objective.name == "masked_diffusion":
-        return MaskedDiffusionLayout(mask_token_id, seed)
+        return MaskedDiffusionLayout(mask_token_id, seed, objective.pad_answers)
     if objective.name == "block_diffusion":
-        return BlockDiffusionLayout(objective.block_size, mask_token_id, seed)
+        return BlockDiffusionLayout(objective.block_size, mask_token_id, seed, objective.pad_answers)
     return AutoregressiveLayout()
 
 
 def shortest_lengths(objective: ObjectiveSettings, prompt: IntArray, answer: IntArray) -> IntArray:
     """[D] the fewest tokens that a row of each example can have; one that is longer than a packed row cannot be trained on."""
+    answer = _padded_lengths(answer, objective.pad_answers)
     if objective.name == "block_diffusion":
         return prompt + 2 * answer - _last_block(answer, objective.block_size)
     return prompt + answer
@@ -121,13 +122,15 @@ class MaskedDiffusionLayout:
 
     mask_token_id: int
     seed: int
+    pad_answers: int = 0
 
     def row(self, epoch: int, example_id: int, prompt: IntArray, answer: IntArray) -> SlotRow:
+        answer = _padded(answer, self.pad_answers)
         generator = row_generator(self.seed, epoch, example_id)
         return masked_diffusion_row(prompt, answer, mask_token_id=self.mask_token_id, generator=generator)
 
     def lengths(self, epoch: int, ids: IntArray, prompt: IntArray, answer: IntArray) -> IntArray:
-        return prompt + answer
+        return prompt + _padded_lengths(answer, self.pad_answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +140,15 @@ class BlockDiffusionLayout:
     block_size: int
     mask_token_id: int
     seed: int
+    pad_answers: int = 0
 
     def row(self, epoch: int, example_id: int, prompt: IntArray, answer: IntArray) -> SlotRow:
+        answer = _padded(answer, self.pad_answers)
         generator = row_generator(self.seed, epoch, example_id)
         return block_diffusion_row(prompt, answer, mask_token_id=self.mask_token_id, generator=generator, block_size=self.block_size)
 
     def lengths(self, epoch: int, ids: IntArray, prompt: IntArray, answer: IntArray) -> IntArray:
+        answer = _padded_lengths(answer, self.pad_answers)
         return prompt + 2 * answer - _last_block(answer, self.block_size)
 
 
@@ -218,3 +224,12 @@ def _mask_probabilities(t: np.ndarray) -> np.ndarray:
 def _last_block(answer: IntArray, block_size: int) -> IntArray:
     """[D] tokens in the last block of an answer."""
     return (answer - 1) % block_size + 1
+
+
+def _padded(answer: IntArray, multiple: int) -> IntArray:
+    """The answer with its last token, an EOS, repeated up to a multiple of so many tokens; 0: as it is."""
+    return np.pad(answer, (0, -len(answer) % multiple), mode="edge") if multiple else answer
+
+
+def _padded_lengths(answer: IntArray, multiple: int) -> IntArray:
+    return answer + -answer % multiple if multiple else answer

@@ -24,6 +24,8 @@ def prepare_model(base: BaseModel, recipe: Recipe, device: torch.device) -> tupl
         if device.type == "cpu":
             raise ConfigError("model.attention = 'flex' has no backward pass on a CPU; use 'sdpa'")
         model.config._attn_implementation = FLEX_NAME
+    if recipe.model.residual == "bfloat16":
+        _round_embeddings(model, recipe, device)
     teacher = _frozen_copy(model, device, recipe) if recipe.objective.distill > 0 else None
     frozen: frozenset[str] = frozenset()
     only_row = None
@@ -38,8 +40,8 @@ def prepare_model(base: BaseModel, recipe: Recipe, device: torch.device) -> tupl
     if recipe.model.compile:
         torch._dynamo.config.cache_size_limit = 64
         for network in (causal_lm, teacher):
-            for layer in [] if network is None else network.base_model.layers:
-                layer.compile(dynamic=False)
+            for module in [] if network is None else [*network.base_model.layers, network.base_model.norm]:
+                module.compile(dynamic=False)
     loss = LossSettings(
         chunk_size=recipe.objective.chunk_size,
         distill=recipe.objective.distill,
@@ -56,11 +58,27 @@ def num_trained_weights(model: Any, frozen: frozenset[str]) -> int:
     return sum(p.shape[1] if name in frozen else p.numel() for name, p in model.named_parameters() if p.requires_grad)
 
 
+def computes_in_bfloat16(recipe: Recipe, device_type: str) -> bool:
+    """Whether training autocasts to bfloat16 there."""
+    return recipe.model.precision == "bfloat16" or (recipe.model.precision == "auto" and device_type == "cuda")
+
+
+def _round_embeddings(model: Any, recipe: Recipe, device: torch.device) -> None:
+    """Start the residual stream in bfloat16: autocast leaves an embedding in its weight's type, and every layer adds to what comes in."""
+    if not computes_in_bfloat16(recipe, device.type):
+        raise ConfigError("model.residual = 'bfloat16' has no effect in float32; leave it out or set model.precision = 'bfloat16'")
+
+    def rounded(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        # Outside autocast (a probe that calls the layers themselves) the weights of the next layer are float32.
+        return output.to(torch.bfloat16) if torch.is_autocast_enabled(output.device.type) else output
+
+    model.get_input_embeddings().register_forward_hook(rounded)
+
+
 def _frozen_copy(model: Any, device: torch.device, recipe: Recipe) -> Any:
     """The teacher: the base model as it is, in bfloat16 where the student computes in it."""
-    bfloat16 = recipe.model.precision == "bfloat16" or (recipe.model.precision == "auto" and device.type == "cuda")
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    return teacher.to(device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    return teacher.to(device=device, dtype=torch.bfloat16 if computes_in_bfloat16(recipe, device.type) else torch.float32)
 
 
 def _with_adapter(model: Any, mask_token_id: int, method: MethodSettings, seed: int) -> Any:

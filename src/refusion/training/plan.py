@@ -1,7 +1,7 @@
 """What a run will take before it starts: memory of weights, gradients, optimizer and activations, and time, for the hardware at hand.
 
-Sizes come from the model itself, built without memory on the meta device: parameters are counted, and the tensors that autograd keeps for
-a layer are recorded from a forward pass of one and of two layers. Speed is a measured matrix product times an assumed share of it.
+Sizes come from the model itself, built without memory on the meta device: parameters are counted, and `activations` records what autograd
+keeps. Time is arithmetic at a share of a matrix product's measured speed, and after it memory traffic at the measured speed of a copy.
 """
 
 from __future__ import annotations
@@ -14,23 +14,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM
 
+from refusion.training.activations import activation_bytes, layer_bytes
 from refusion.training.base import base_config
+from refusion.training.network import computes_in_bfloat16
 from refusion.training.objectives import inner_causal_lm
 from refusion.training.recipe import Recipe
 
 # R = packed rows of a micro-batch, L = tokens in a row, T = R * L, H = hidden size, V = vocabulary
 
-UTILISATION = {"compiled": 0.45, "eager": 0.25}
-"""Share of a big matrix product's speed that training reaches; an assumption, which benchmarks/training_speed.py measures."""
+MATMUL_SHARE = 0.85
+"""Speed of a layer's matrix products against a big square one; an assumption, which benchmarks/training_speed.py checks."""
+TRAFFIC_PER_KEPT_BYTE = 10
+"""Bytes that a step reads and writes outside matrix products for each byte that autograd keeps; likewise."""
+STEP_TRAFFIC = {"weight": 18, "trained": 40}
+"""Bytes a weight: its cast and its gradient's sum in a micro-batch; norm, clipping and AdamW in a step."""
+TYPICAL_DOCUMENT = 512
+"""Tokens of a document, for attention that skips what others hold; data is not read for a plan."""
 OVERHEAD = 1.05
 """Allocator rounding and fragments."""
 RESERVED_BYTES = {"cuda": 1_200_000_000, "cpu": 700_000_000}
 """The CUDA context with its libraries, or the Python process with torch."""
-_PLAN_ATTENTION = "refusion_plan"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,13 +75,15 @@ class Hardware:
     memory_bytes: int
     flops: float
     """Multiplications and additions a second of a big matrix product in the type that training computes in."""
+    bytes_per_second: float
+    """Bytes that a copy inside the device's memory reads and writes in a second."""
     num_processes: int = 1
 
 
-def make_plan(recipe: Recipe, hardware: Hardware) -> Plan:
-    """Estimate one process's memory, and the time of a step on all processes."""
-    config = base_config(recipe.model)
-    compute_bytes = 2 if _is_bfloat16(recipe, hardware.device) else 4
+def make_plan(recipe: Recipe, hardware: Hardware, config: Any = None) -> Plan:
+    """Estimate one process's memory, and the time of a step on all processes; `config` is that of the base, where it is no checkpoint."""
+    config = config or base_config(recipe.model)
+    compute_bytes = 2 if computes_in_bfloat16(recipe, hardware.device) else 4
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(p.numel() for p in model.parameters())
@@ -92,9 +100,9 @@ def make_plan(recipe: Recipe, hardware: Hardware) -> Plan:
     optimizer = 0 if recipe.parallel.cpu_offload else 8 * with_gradient // shards
     weights_here, gradients = (0, 0) if recipe.parallel.cpu_offload else (weights // shards, 4 * with_gradient // shards)
     total = int((weights_here + gradients + optimizer + activation + head + teacher) * OVERHEAD) + RESERVED_BYTES[hardware.device]
-    flops = flops_per_token(config, recipe.data.pack_length) * recipe.data.rows_per_step * recipe.data.pack_length
+    flops = flops_per_token(config, _attended(recipe)) * recipe.data.rows_per_step * recipe.data.pack_length
     flops *= 4 / 3 if recipe.model.gradient_checkpointing else 1.0
-    share = UTILISATION["compiled" if recipe.model.compile else "eager"]
+    traffic = _traffic(recipe, rows, compute_bytes, config, parameters, trained) / hardware.bytes_per_second
     return Plan(
         device=hardware.device,
         num_processes=hardware.num_processes,
@@ -110,7 +118,7 @@ def make_plan(recipe: Recipe, hardware: Hardware) -> Plan:
         available_bytes=hardware.memory_bytes,
         tokens_per_step=recipe.data.rows_per_step * recipe.data.pack_length,
         flops_per_step=flops,
-        seconds_per_step=flops / (share * hardware.flops * hardware.num_processes),
+        seconds_per_step=flops / (MATMUL_SHARE * hardware.flops * hardware.num_processes) + traffic,
         num_steps=recipe.run.max_steps,
     )
 
@@ -142,6 +150,20 @@ def format_plan(recipe: Recipe, plan: Plan, advice: list[str]) -> str:
     return "\n".join(lines)
 
 
+def _attended(recipe: Recipe) -> int:
+    """Tokens that attention computes for a token, doubled, for causal attention counts half: dense masks skip nothing."""
+    length = recipe.data.pack_length
+    return min(length, TYPICAL_DOCUMENT) if recipe.model.attention == "flex" else 2 * length
+
+
+def _traffic(recipe: Recipe, rows: int, compute_bytes: int, config: Any, parameters: int, trained: int) -> float:
+    """Bytes that a process moves in a step, all micro-batches together."""
+    per_layer, outside = layer_bytes(recipe, rows, compute_bytes, config)
+    kept = (config.num_hidden_layers * per_layer + outside) * (4 / 3 if recipe.model.gradient_checkpointing else 1.0)
+    weights = STEP_TRAFFIC["weight"] * parameters
+    return recipe.data.accumulation * (TRAFFIC_PER_KEPT_BYTE * kept + weights) + STEP_TRAFFIC["trained"] * trained
+
+
 def memory_advice(recipe: Recipe, hardware: Hardware) -> list[str]:
     """Settings to change, the mildest first, each with the memory that it would need; those that fit end the list."""
     lines: list[str] = []
@@ -158,118 +180,33 @@ def hardware_at_hand() -> Hardware:
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        return Hardware(device="cuda", memory_bytes=memory, flops=_matmul_flops("cuda"), num_processes=num_processes)
+        return _measured("cuda", memory, num_processes)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_processes
-    return Hardware(device="cpu", memory_bytes=memory, flops=_matmul_flops("cpu"), num_processes=num_processes)
+    return _measured("cpu", memory, num_processes)
 
 
 def flops_per_token(config: Any, length: int) -> float:
     """Forward and backward: 6 per weight of every matrix, the head's included, and causal attention counted half."""
     matrices = matrix_weights(config)
-    attention = 6 * config.num_hidden_layers * length * config.num_attention_heads * _head_dim(config)
+    attention = 6 * config.num_hidden_layers * length * config.num_attention_heads * head_dim(config)
     return 6 * matrices + attention
 
 
 def matrix_weights(config: Any) -> int:
     """Weights in matrix products: decoder layers and the head (tied or not), not the embedding's table."""
-    hidden, heads, kv_heads, head_dim = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, _head_dim(config)
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    attention = hidden * head_dim(config) * (2 * heads + 2 * kv_heads)
     return config.num_hidden_layers * (attention + 3 * hidden * config.intermediate_size) + config.vocab_size * hidden
-
-
-def activation_bytes(recipe: Recipe, rows: int, compute_bytes: int, config: Any) -> int:
-    """What autograd keeps of the decoder for a backward pass over `rows` packed rows."""
-    length = recipe.data.pack_length
-    one, two = (_kept_bytes(config, count, rows, length, compute_bytes, recipe) for count in (1, 2))
-    per_layer, outside = two - one, 2 * one - two
-    mask = rows * length * length * compute_bytes if recipe.model.attention == "sdpa" else 0
-    if recipe.model.gradient_checkpointing:
-        residual = rows * length * config.hidden_size * 4
-        return outside + config.num_hidden_layers * residual + per_layer + mask
-    return outside + config.num_hidden_layers * per_layer + mask
-
-
-def _kept_bytes(config: Any, num_layers: int, rows: int, length: int, compute_bytes: int, recipe: Recipe) -> int:
-    """Bytes of distinct tensors that autograd keeps for a decoder of so many layers, its weights left out."""
-    small = type(config)(**{**config.to_dict(), "num_hidden_layers": num_layers, "layer_types": None})
-    small._attn_implementation = _PLAN_ATTENTION
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(small)
-    if compute_bytes == 2:
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                _compute_in_half(module)
-    if recipe.method.name != "full":
-        model.requires_grad_(False)
-        model.get_input_embeddings().weight.requires_grad_()  # stands for the adapter: gradients flow through every layer
-    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-    with kept_storages() as kept:
-        # Any mask: the attention of the plan does not look at it.
-        model.base_model(input_ids=ids, position_ids=ids, attention_mask=torch.empty(rows, 1, 1, 1, device="meta"), use_cache=False)
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    return sum(size for storage, (size, _) in kept.items() if storage not in own)
-
-
-class kept_storages:
-    """Records the storages that autograd keeps while it is entered: {identity: (bytes, the tensor, so that it stays)}."""
-
-    def __init__(self) -> None:
-        self.kept: dict[int, tuple[int, Tensor]] = {}
-
-    def __enter__(self) -> dict[int, tuple[int, Tensor]]:
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            self.kept[storage._cdata] = (storage.nbytes(), tensor.detach())
-            return tensor
-
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        self.hooks.__enter__()
-        return self.kept
-
-    def __exit__(self, *error: Any) -> None:
-        self.hooks.__exit__(*error)
-
-
-class _FusedAttention(torch.autograd.Function):
-    """Keeps what flash, memory-efficient and flex attention keep: query, key, value, output and a number per query."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output, torch.empty(query.shape[:3], device=query.device))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _plan_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    repeats = query.shape[1] // key.shape[1]  # with a mask, transformers repeats keys and values for SDPA
-    key, value = (t.to(value.dtype).repeat_interleave(repeats, 1) if repeats > 1 else t.to(value.dtype) for t in (key, value))
-    return _FusedAttention.apply(query.to(value.dtype), key, value).transpose(1, 2).contiguous(), None  # pyright: ignore
-
-
-AttentionInterface.register(_PLAN_ATTENTION, _plan_attention)
-
-
-def _compute_in_half(linear: nn.Linear) -> None:
-    """What autocast does to a linear layer; the meta device has no autocast."""
-
-    def forward(input: Tensor) -> Tensor:
-        bias = None if linear.bias is None else linear.bias.bfloat16()
-        return F.linear(input.bfloat16(), linear.weight.bfloat16(), bias)
-
-    linear.forward = forward
 
 
 def _head_bytes(recipe: Recipe, config: Any, tokens: int, compute_bytes: int) -> int:
     """Chunked cross-entropy: a chunk of logits some times over, the head's gradient, targets in and out."""
     chunk = min(recipe.objective.chunk_size, tokens)
-    per_logit = 10 if recipe.model.compile else 18  # float32 logits, probabilities and gradient, and its copy in the computing type
-    logits = chunk * config.vocab_size * (per_logit + (8 if recipe.objective.distill else 0))
-    head = config.vocab_size * config.hidden_size * (4 + (compute_bytes if compute_bytes == 2 else 0))
+    # Eager: float32 logits, probabilities and gradient, and its copy in the computing type. Compiled: logits and gradient in that type.
+    per_logit, per_teacher_logit = (2 * compute_bytes, compute_bytes) if recipe.model.compile else (18, 8)
+    logits = chunk * config.vocab_size * (per_logit + (per_teacher_logit if recipe.objective.distill else 0))
+    # The gradient of the head as the forward pass sums it and as the backward pass hands it on, and the head in the computing type.
+    head = config.vocab_size * config.hidden_size * (8 + (compute_bytes if compute_bytes == 2 else 0))
     return logits + head + 2 * tokens * config.hidden_size * 4
 
 
@@ -315,23 +252,32 @@ def _lighter_recipes(recipe: Recipe, num_processes: int) -> list[tuple[str, Reci
     return found
 
 
-def _matmul_flops(device: str, seconds: float = 0.2) -> float:
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+def _measured(device: str, memory_bytes: int, num_processes: int) -> Hardware:
+    """A matrix product and a copy, each timed for a fraction of a second."""
+    size, dtype, copied = (8192, torch.bfloat16, 2**29) if device == "cuda" else (1024, torch.float32, 2**26)
     left = torch.randn(size, size, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
+    source, target = (torch.zeros(copied, dtype=torch.uint8, device=device) for _ in range(2))
+    return Hardware(
+        device=device,
+        memory_bytes=memory_bytes,
+        flops=2 * size**3 * _calls_per_second(device, lambda: torch.mm(left, left)),
+        bytes_per_second=2 * copied * _calls_per_second(device, lambda: target.copy_(source)),
+        num_processes=num_processes,
+    )
+
+
+def _calls_per_second(device: str, call: Callable[[], object], seconds: float = 0.2) -> float:
     synchronise: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
-    torch.mm(left, left)
+    call()
     synchronise()
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        torch.mm(left, left)
+        call()
         synchronise()
         count += 1
-    return 2 * size**3 * count / (time.perf_counter() - started)
+    return count / (time.perf_counter() - started)
 
 
-def _is_bfloat16(recipe: Recipe, device: str) -> bool:
-    return recipe.model.precision == "bfloat16" or (recipe.model.precision == "auto" and device == "cuda")
-
-
-def _head_dim(config: Any) -> int:
+def head_dim(config: Any) -> int:
+    """Width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

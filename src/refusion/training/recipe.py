@@ -62,6 +62,8 @@ class ModelSettings:
     """Jinja file, or "chatml", that takes the place of the checkpoint's chat template and goes into the final model."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """bfloat16 = autocast over float32 master weights; auto = bfloat16 on a GPU, float32 elsewhere."""
+    residual: Literal["float32", "bfloat16"] = "float32"
+    """Type of the hidden states between layers under autocast; bfloat16 = less memory and traffic, but every layer's sum is rounded."""
     attention: Literal["sdpa", "flex"] = "sdpa"
     """sdpa = dense masks; flex = FlexAttention block masks that skip what packed documents do not see (GPU)."""
     compile: bool = False
@@ -140,6 +142,7 @@ _USED_BY = {
     "distill": ("refusion", "autoregressive"),
     "ar_weight": ("refusion",),
     "block_size": ("block_diffusion",),
+    "pad_answers": ("masked_diffusion", "block_diffusion"),
 }
 """Settings that not every objective reads, and those that do."""
 
@@ -165,6 +168,9 @@ class ObjectiveSettings:
     """Factor of the AR term in the loss; 1 = paper."""
     block_size: int = 32
     """Answer tokens in a block of block_diffusion."""
+    pad_answers: int = 0
+    """Answers of masked_diffusion and block_diffusion are padded with their EOS to a multiple of so many tokens, which are learnt like any
+    others (LLaDA): decoding fills regions of fixed size. 0 = no padding."""
     chunk_size: int = 4096
     """Targets that go through the output head at once."""
 
@@ -176,6 +182,7 @@ class ObjectiveSettings:
         _require(self.ar_weight > 0, "objective.ar_weight", self.ar_weight, "above 0")
         _require(self.chunk_size > 0, "objective.chunk_size", self.chunk_size, "above 0")
         _require(self.block_size > 0, "objective.block_size", self.block_size, "above 0")
+        _require(self.pad_answers >= 0, "objective.pad_answers", self.pad_answers, "0 or more")
         for f in dataclasses.fields(self):
             is_used = self.name in _USED_BY.get(f.name, (self.name,))
             value = getattr(self, f.name)

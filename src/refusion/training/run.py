@@ -68,6 +68,10 @@ class TrainingReport:
     tokens_per_second: float
     """Tokens of the last log interval, padding not counted."""
     seconds: float
+    packed_share: float
+    """Share of the packed rows that holds documents; the rest is padding."""
+    peak_memory_gb: float | None = None
+    """GPU memory that the first process's allocator took at most, None on a CPU; `--plan` adds what the driver takes."""
     validation_ar: float | None = None
     """AR loss of the validation rows at the end, None without such rows."""
     validation_mdm: float | None = None
@@ -93,11 +97,13 @@ def train(
     started = time.perf_counter()
     run_dir = Path(output or recipe.run.output)
     checkpoint = _prepare_run_dir(run_dir, recipe, resume)
-    base = load_base(recipe.model, in_4_bit=recipe.method.name == "qlora")
+    with _enough_memory():
+        base = load_base(recipe.model, in_4_bit=recipe.method.name == "qlora")
     report(f"reading {len(recipe.data.sources)} source(s)")
     examples, validation = load_data(recipe, base, report)
     _check_data(run_dir, examples, is_resumed=checkpoint is not None)
-    trainer = build_trainer(recipe, base, examples, run_dir, checkpoint, report, validation=validation, probe_factory=probe_factory)
+    with _enough_memory():
+        trainer = build_trainer(recipe, base, examples, run_dir, checkpoint, report, validation=validation, probe_factory=probe_factory)
     interrupt = SaveOnInterrupt(report)
     trainer.add_callback(interrupt)
     steps_done = trainer.batches.start_step
@@ -110,7 +116,8 @@ def train(
     else:
         trainer._load_from_checkpoint(str(checkpoint))
     is_finished = steps_done >= num_steps
-    scores = trainer.evaluate() if is_finished and validation is not None else {}
+    with _enough_memory():
+        scores = trainer.evaluate() if is_finished and validation is not None else {}
     if is_finished:
         save_final_model(trainer, base, recipe, run_dir)
     is_interrupted = interrupt.is_asked and not is_finished
@@ -292,8 +299,8 @@ def _describe(recipe: Recipe, examples: Examples, trainer: RefusionTrainer, step
     return (
         f"{len(examples):,} examples, {examples.num_tokens:,} tokens"
         + (f" (left out: {', '.join(left_out)})" if left_out else "")
-        + f"; {trainer.batches.schedule.num_steps:,} steps of {recipe.data.rows_per_step} x {recipe.data.pack_length} tokens"
-        + f"; {trained:,} weights trained"
+        + f"; {trainer.batches.schedule.num_steps:,} steps of {recipe.data.rows_per_step} x {recipe.data.pack_length} tokens, "
+        + f"{100 * trainer.batches.schedule.packed_share:.1f} % of them no padding; {trained:,} weights trained"
         + (f"; resuming after step {steps_done}" if steps_done else "")
     )
 
@@ -323,4 +330,6 @@ def _summarise(
         loss_mdm=last.get("loss_mdm", 0.0),
         tokens_per_second=last.get("tokens_per_second", 0.0),
         seconds=seconds,
+        packed_share=trainer.batches.schedule.packed_share,
+        peak_memory_gb=torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None,
     )

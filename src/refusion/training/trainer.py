@@ -52,6 +52,8 @@ class RefusionTrainer(Trainer):
         # Our loss is already a mean over the whole step; without these the Trainer would divide it once more.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        if self.is_fsdp_enabled and args.bf16:
+            _keep_float32_outside_layers(self.accelerator.state.fsdp_plugin)
         self._sums: Tensor | None = None
         self._num_tokens = 0.0
         self._since = time.perf_counter()
@@ -88,8 +90,8 @@ class RefusionTrainer(Trainer):
         num_ar, num_units, num_tokens = counts.tolist()
         self._num_tokens += num_tokens
         for batch in batches:
-            batch["ar_normaliser"] = torch.tensor(max(num_ar, 1.0))
-            batch["mdm_normaliser"] = torch.tensor(max(num_units, 1.0))
+            batch["ar_normaliser"] = torch.tensor(max(num_ar, 1), dtype=torch.float32)
+            batch["mdm_normaliser"] = torch.tensor(max(num_units, 1), dtype=torch.float32)
         on_device = [{name: _to_device(value, device) for name, value in batch.items()} for batch in batches]
         return on_device, torch.tensor(num_units)
 
@@ -250,6 +252,16 @@ class TimeLimit(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if time.monotonic() > self.deadline:
             control.should_save = control.should_training_stop = True
+
+
+def _keep_float32_outside_layers(fsdp_plugin: Any) -> None:
+    """Weights are gathered in bfloat16 and nothing else changes its type: by default accelerate also rounds a batch's weights and
+    normalisers, the loss, and the gradients before they are summed."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
 
 
 def _end_with_parent(_: int) -> None:

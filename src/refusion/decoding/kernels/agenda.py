@@ -11,33 +11,52 @@ import triton.language as tl
 
 from refusion.decoding.kernels.constants import AGENDA_VERIFIED, CHOSEN, CLOSED, DONE, INFILL, OPEN, PLAN, REMASK, VERIFY
 
-# B = seats, S = slots, W = slots of a block, K = tokens per slot, C = candidate lengths
+# B = seats, S = slots, W = slots of a block, K = tokens per slot, C = candidate lengths, A = those with alternatives, R = alternatives
 
 
 @triton.jit
-def rows_needed(agendas, line_stride, seats, is_seat, W: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
+def rows_needed(
+    agendas,
+    line_stride,
+    seats,
+    is_seat,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    A: tl.constexpr,
+    MOST_MASKS: tl.constexpr,
+):
     """[B] as `refusion.decoding.refusion_report.rows_needed` reckons them on the host."""
     agenda = agendas + seats.to(tl.int64) * line_stride
     phase = tl.load(agenda, mask=is_seat, other=DONE).to(tl.int32)
     num_chosen = tl.zeros_like(phase)
     groups = tl.zeros_like(phase)
     plan = tl.zeros_like(phase)
+    remasked = tl.zeros_like(phase)
     for slot in range(W):
         verified = tl.load(agenda + AGENDA_VERIFIED + slot, mask=is_seat, other=-1).to(tl.int32)
         left = tl.where(verified >= 0, K - verified, 0)
         num_chosen += (verified >= 0).to(tl.int32)
-        groups += group_rows(left, tl.minimum(C, left))
+        groups += group_rows(left, tl.minimum(C, left), MOST_MASKS) + R * group_rows(left, num_tried(left, A), MOST_MASKS + 1)
+        remasked += tl.where(verified >= 0, verified + tl.minimum(left, MOST_MASKS), 0)
         plan += tl.load(agenda + AGENDA_VERIFIED + W + slot, mask=is_seat, other=0).to(tl.int32) * K
     solo = tl.where(phase == VERIFY, tl.maximum(num_chosen - 1, 0) * C, 0)
     judged = tl.where((phase == VERIFY) | (phase == INFILL), num_chosen * K + solo + groups, 0)
-    remasked = tl.where(phase == REMASK, num_chosen * K, 0)
-    return tl.where(phase == DONE, 0, plan) + judged + remasked
+    return tl.where(phase == DONE, 0, plan) + judged + tl.where(phase == REMASK, remasked, 0)
 
 
 @triton.jit
-def group_rows(left, num_candidates):
-    """Masks of the candidates 1, 2, ... `num_candidates` of a slot with `left` tokens to go: left - 1, left - 2, ..."""
-    return num_candidates * left - num_candidates * (num_candidates + 1) // 2
+def group_rows(left, num_candidates, MOST: tl.constexpr):
+    """Rows of the candidates 1, 2, ... `num_candidates` of a slot with `left` tokens to go: left - 1, left - 2, ..., none above MOST."""
+    cut = tl.minimum(tl.maximum(left - MOST, 0), num_candidates)  # so many of them are above it
+    return cut * MOST + (num_candidates - cut) * left - (num_candidates * (num_candidates + 1) - cut * (cut + 1)) // 2
+
+
+@triton.jit
+def num_tried(left, A: tl.constexpr):
+    """Accepted lengths with alternatives of a slot with `left` tokens to go: a runner-up needs a token behind it."""
+    return tl.minimum(A, tl.maximum(left - 2, 0))
 
 
 @triton.jit

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from refusion.decoding.kernels.agenda import rows_needed
+from refusion.decoding.kernels.agenda import num_tried, rows_needed
 from refusion.decoding.kernels.constants import AGENDA_VERIFIED, DONE, INFILL, NO_PARENT, REMASK, TRUNK, VERIFY
 from refusion.decoding.kernels.row_buffers import cut_tiles, own_rows, pad_rows, pad_tiles
+from refusion.decoding.params import ALTERNATIVE_LENGTHS
 from refusion.model.kernels.launch import launch
 from refusion.model.kernels.stream import wait
 from refusion.model.rows import Rows, Spans, Tiles
@@ -23,7 +24,8 @@ from refusion.model.rows import Rows, Spans, Tiles
 if TYPE_CHECKING:
     from refusion.decoding.refusion_rounds import RefusionRounds
 
-# B = seats, T = decode rows, W = slots of a block, K = tokens per slot, C = candidate lengths
+# B = seats, T = decode rows, W = slots of a block, K = tokens per slot
+# C = candidate lengths, A = those with alternatives, R = alternatives
 
 
 def lay_out(
@@ -71,9 +73,13 @@ def lay_out(
         NUM_DRAFTS=first["num_drafts"],
         AGENDA=first["agenda"],
         TOKEN_IDS=first["token_ids"],
+        RUNNER_UPS=first.get("runner_ups", 0),
         W=rounds.width,
         K=rounds.slot_size,
         C=num_candidates,
+        R=rounds.slots.alternatives,
+        A=min(ALTERNATIVE_LENGTHS, num_candidates),
+        MOST_MASKS=rounds.slots.most_masks,
         B_PADDED=triton.next_power_of_2(num_seats),
         K_PADDED=triton.next_power_of_2(rounds.slot_size),
         TILE=0 if tiles is None else tiles.block,
@@ -112,9 +118,13 @@ def _lay_out(
     NUM_DRAFTS: tl.constexpr,
     AGENDA: tl.constexpr,
     TOKEN_IDS: tl.constexpr,
+    RUNNER_UPS: tl.constexpr,
     W: tl.constexpr,
     K: tl.constexpr,
     C: tl.constexpr,
+    R: tl.constexpr,
+    A: tl.constexpr,
+    MOST_MASKS: tl.constexpr,
     B_PADDED: tl.constexpr,
     K_PADDED: tl.constexpr,
     TILE: tl.constexpr,
@@ -123,7 +133,7 @@ def _lay_out(
     wait(PDL)
     seat = tl.program_id(0)
     seats = tl.arange(0, B_PADDED)
-    needed = rows_needed(table + AGENDA, line_stride, seats, seats < num_seats, W, K, C)  # [B]
+    needed = rows_needed(table + AGENDA, line_stride, seats, seats < num_seats, W, K, C, R, A, MOST_MASKS)  # [B]
     last = tl.cumsum(needed, 0)
     begins = tl.minimum(last - needed, num_rows)
     ends = tl.minimum(last, num_rows)
@@ -236,7 +246,8 @@ def _lay_out(
                 while candidate <= last_candidate:
                     length = stands + candidate
                     at = row + place - length
-                    is_row = (place >= length) & (place < K) & (at < num_rows)
+                    end = tl.minimum(length + MOST_MASKS, K)
+                    is_row = (place >= length) & (place < end) & (at < num_rows)
                     tl.store(token_ids + at, mask_id, mask=is_row)
                     tl.store(given_ids + at, 0, mask=is_row)
                     tl.store(positions + at, window_position + slot * K + place, mask=is_row)
@@ -245,6 +256,35 @@ def _lay_out(
                     tl.store(parent + at, seen, mask=is_row)
                     tl.store(visible + at, length, mask=is_row)
                     tl.store(is_trunk + at, 0, mask=is_row)
-                    row += K - length
+                    row += end - length
                     candidate += 1
+                nth += 1
+
+    if R * A > 0:
+        runner_ups = line + RUNNER_UPS + tl.load(agenda + 1) * (K * R)
+        nth = 0
+        for slot in range(W):
+            stands = tl.load(verified + slot).to(tl.int32)
+            if (stands >= 0) & ((phase == VERIFY) | (phase == INFILL)):
+                in_verify = tl.where(nth == 0, 0, W + 1 + slot)
+                seen = tl.where(phase == VERIFY, in_verify, slot)
+                tried = 1
+                while tried <= num_tried(K - stands, A):
+                    length = stands + tried
+                    end = tl.minimum(length + 1 + MOST_MASKS, K)
+                    for which in tl.static_range(R):
+                        at = row + place - length
+                        is_row = (place >= length) & (place < end) & (at < num_rows)
+                        runner_up = tl.maximum(tl.load(runner_ups + (slot * K + length) * R + which), 0)  # -1: nothing was drafted
+                        number = (slot * A + tried - 1) * R + which
+                        tl.store(token_ids + at, tl.where(place == length, runner_up, mask_id), mask=is_row)
+                        tl.store(given_ids + at, 0, mask=is_row)
+                        tl.store(positions + at, window_position + slot * K + place, mask=is_row)
+                        tl.store(segment + at, 2 * W + 1 + W * (C + 1) + number, mask=is_row)
+                        tl.store(rank + at, place, mask=is_row)
+                        tl.store(parent + at, seen, mask=is_row)
+                        tl.store(visible + at, length, mask=is_row)
+                        tl.store(is_trunk + at, 0, mask=is_row)
+                        row += end - length
+                    tried += 1
                 nth += 1

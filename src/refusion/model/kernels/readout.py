@@ -1,7 +1,7 @@
 """Greedy readout fused with the language-model head: logits stay in the accumulators of the program that computes them.
 
-The first kernel streams the head once; each program reduces its tile of the vocabulary to four numbers per row. The second adds
-up the tiles of a row. Ties go to the lowest id, as `torch.argmax` does it.
+The first kernel streams the head once; each program reduces its tile of the vocabulary to four numbers per row, and two more for each
+runner-up. The second adds up the tiles of a row. Ties go to the lowest id, as `torch.argmax` does it.
 """
 
 import torch
@@ -17,7 +17,7 @@ from refusion.model.kernels.stream import release, stream, wait
 from refusion.model.ops import Readout
 from refusion.model.quantize import QuantizedWeight
 
-# T = rows, K = in features, V = vocabulary, M = vocabulary tiles
+# T = rows, K = in features, V = vocabulary, M = vocabulary tiles, R = runner-ups
 
 
 def readout(
@@ -27,6 +27,7 @@ def readout(
     weight: Tensor | QuantizedWeight,
     bias_banned: Tensor,
     given_ids: Tensor,
+    num_runner_ups: int = 0,
     *,
     config: Config | None = AUTO,
 ) -> Readout:
@@ -42,8 +43,9 @@ def readout(
     data, scale = operand(weight)
     (num_rows, num_in), vocabulary = x.shape, data.shape[0]
     tiles = config.tiles(num_rows, vocabulary)
-    peaks, sums = torch.empty((2, num_rows, tiles[1]), dtype=torch.float32, device=x.device)
-    peak_ids = torch.empty((num_rows, tiles[1]), dtype=torch.int32, device=x.device)
+    peaks = torch.empty((1 + num_runner_ups, num_rows, tiles[1]), dtype=torch.float32, device=x.device)
+    peak_ids = torch.empty((1 + num_runner_ups, num_rows, tiles[1]), dtype=torch.int32, device=x.device)
+    sums = torch.empty((num_rows, tiles[1]), dtype=torch.float32, device=x.device)
     given_logits = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     order = overlap().order(data.nbytes)
     launch(
@@ -64,6 +66,7 @@ def readout(
         eps,
         V=vocabulary,
         K=num_in,
+        R=num_runner_ups,
         HAS_NORM=not config.prenorm,
         HAS_SCALE=scale is not None,
         BLOCK_T=config.block_t,
@@ -82,12 +85,13 @@ def readout(
 
 
 def _add_tiles(peaks: Tensor, peak_ids: Tensor, sums: Tensor, given_logits: Tensor, given_ids: Tensor, vocabulary: int) -> Readout:
-    num_rows, num_tiles = peaks.shape
+    num_planes, num_rows, num_tiles = peaks.shape
     result = Readout(
         torch.empty(num_rows, dtype=torch.int64, device=peaks.device),
         torch.empty(num_rows, dtype=torch.float32, device=peaks.device),
         torch.empty(num_rows, dtype=torch.float32, device=peaks.device),
         torch.empty(num_rows, dtype=torch.bool, device=peaks.device),
+        torch.empty((num_rows, num_planes - 1), dtype=torch.int64, device=peaks.device),
     )
     block = triton.next_power_of_2(num_tiles)
     launch(
@@ -101,6 +105,8 @@ def _add_tiles(peaks: Tensor, peak_ids: Tensor, sums: Tensor, given_logits: Tens
         *result,
         V=vocabulary,
         M=num_tiles,
+        R=num_planes - 1,
+        R_PADDED=triton.next_power_of_2(num_planes),
         BLOCK=block,
         num_warps=min(16, max(4, block // 256)),  # 8 tiles a thread: all loads are on their way at once
     )
@@ -115,8 +121,8 @@ def readout_tiles_kernel(
     scale,
     bias_banned,
     given_ids,
-    peaks,  # [T, M] largest logit of the tile
-    peak_ids,  # [T, M] its token
+    peaks,  # [1 + R, T, M] largest logits of the tile
+    peak_ids,  # [1 + R, T, M] their tokens
     sums,  # [T, M] sum of exp(logit - peak)
     given_logits,  # [T], written by the tile that holds the given token, if there is one
     num_rows,
@@ -124,6 +130,7 @@ def readout_tiles_kernel(
     eps,
     V: tl.constexpr,
     K: tl.constexpr,
+    R: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -147,10 +154,10 @@ def readout_tiles_kernel(
     release(PDL, LATE)
     owes_norm: tl.constexpr = HAS_NORM and K > BLOCK_K
     reduce_tile(acc, squares, first_row, tokens, scale, bias_banned, given_ids, peaks, peak_ids, sums, given_logits,
-                num_rows, eps, V, K, owes_norm, HAS_SCALE, BLOCK_T)  # fmt: skip
+                num_rows, eps, V, K, R, owes_norm, HAS_SCALE, BLOCK_T)  # fmt: skip
     if EXTRA_T > 0:
         reduce_tile(extra, extra_squares, first_row + BLOCK_T, tokens, scale, bias_banned, given_ids, peaks, peak_ids, sums, given_logits,
-                    num_rows, eps, V, K, owes_norm, HAS_SCALE, EXTRA_T)  # fmt: skip
+                    num_rows, eps, V, K, R, owes_norm, HAS_SCALE, EXTRA_T)  # fmt: skip
 
 
 @triton.jit
@@ -170,6 +177,7 @@ def reduce_tile(
     eps,
     V: tl.constexpr,
     K: tl.constexpr,
+    R: tl.constexpr,
     OWES_NORM: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     NUM: tl.constexpr,
@@ -194,6 +202,13 @@ def reduce_tile(
     is_given = tokens[:, None] == given[None, :]
     is_here = tl.max(is_given.to(tl.int32), axis=0) == 1
     tl.store(given_logits + rows, tl.max(tl.where(is_given, logits, float("-inf")), axis=0), mask=is_row & is_here)
+    for rank in tl.static_range(1, R + 1):
+        logits = tl.where(tokens[:, None] == peak_id[None, :], float("-inf"), logits)
+        peak = tl.max(logits, axis=0)
+        peak_id = tl.min(tl.where(logits == peak[None, :], tokens[:, None], V), axis=0)
+        plane = rank * num_rows.to(tl.int64) * tl.num_programs(1)
+        tl.store(peaks + plane + place, peak, mask=is_row)
+        tl.store(peak_ids + plane + place, peak_id, mask=is_row)
 
 
 @triton.jit
@@ -207,8 +222,11 @@ def readout_rows_kernel(
     confidence,
     given_probability,
     given_is_argmax,
+    runner_ups,  # [T, R]
     V: tl.constexpr,
     M: tl.constexpr,
+    R: tl.constexpr,
+    R_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -230,3 +248,14 @@ def readout_rows_kernel(
     tl.store(confidence + row, 1.0 / total)
     tl.store(given_probability + row, tl.exp(given_logit - highest) / total)
     tl.store(given_is_argmax + row, token == given)
+    if R > 0:
+        plane = tl.arange(0, R_PADDED)[:, None]
+        is_there = (plane <= R) & (tiles < M)[None, :]
+        each = plane * tl.num_programs(0).to(tl.int64) * M + place[None, :]
+        logits = tl.load(peaks + each, mask=is_there, other=float("-inf"))  # [1 + R, M]
+        ids = tl.load(peak_ids + each, mask=is_there, other=V)
+        for rank in tl.static_range(R):
+            logits = tl.where(ids == token, float("-inf"), logits)
+            highest = tl.max(tl.max(logits, axis=1), axis=0)
+            token = tl.min(tl.min(tl.where(logits == highest, ids, V), axis=1), axis=0)
+            tl.store(runner_ups + row.to(tl.int64) * R + rank, token.to(tl.int64))

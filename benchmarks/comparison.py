@@ -1,0 +1,408 @@
+"""The controlled comparison: models of four objectives, trained alike, each decoded by its own decoder in this engine.
+
+    python benchmarks/comparison.py --runs RUNS --data DATA --device cuda --state STATE --output comparison.json
+    python benchmarks/comparison.py ... --limit 50 --seconds 120          # a quick look
+
+RUNS holds OBJECTIVE-SEED/final; DATA holds tasks_heldout.jsonl.gz, gsm8k_test.jsonl.gz, rg_heldout.jsonl.gz and heldout.jsonl.gz (chat).
+`train_comparison.sh` and `comparison_h100.sh` make them. Measured are right answers by task, tokens per forward, agreement of held-out chat
+with the base model, the likelihood of held-out chat (or its bound), and tokens per second at batch 1 (contenders take turns)
+and 32.
+
+Every answer goes to STATE/answers.jsonl as soon as it is there. The same command goes on where a run stopped, also for want of --seconds,
+and the result file always holds what there is. Models are known by their checksums: answers of a retrained one are not mixed in.
+`comparison_figures.py` makes the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import comparison_figures
+import harness
+import tasks
+
+from refusion import LLM, SamplingParams, SlotParams
+from refusion.errors import ConfigError, DataError
+from refusion.evaluation.fidelity import answer_scores
+from refusion.evaluation.likelihood import BoundSettings, Likelihood, Pair, chain_likelihoods, slot_bounds
+from refusion.evaluation.load import Load, Server, cycled, take_turns
+from refusion.evaluation.results import write_result
+from refusion.evaluation.sample_log import SampleLog
+from refusion.llm import DECODERS, EngineSettings
+
+Row = dict[str, Any]
+LOG = "answers"
+PAPER_TOKENS = 512
+"""Length of every answer in the paper's set-up of plain masked diffusion."""
+BOUND_SAMPLES = 16
+"""Masked sets drawn of each answer where its likelihood is bounded."""
+ROOM = 1024
+"""Tokens of the longest prompt and answer together, for the size of the KV cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contender:
+    """One way of decoding the models of one objective."""
+
+    name: str
+    objective: str
+    slots: SlotParams = field(default_factory=SlotParams)
+    diffusion: dict[str, Any] = field(default_factory=dict)
+    is_main: bool = True
+    """Asked every task; the others are only timed, unless they are named."""
+    fixed_tokens: int | None = None
+    """When timed: room for the answer, all of which is written."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `LLM.generate` takes beside the slots."""
+        if self.objective not in ("masked_diffusion", "block_diffusion"):
+            return {}
+        from refusion.decoding.diffusion_params import BlockDiffusionParams, MaskedDiffusionParams
+
+        kind = MaskedDiffusionParams if self.objective == "masked_diffusion" else BlockDiffusionParams
+        return {"diffusion": kind(**self.diffusion)}
+
+
+CONTENDERS = (
+    Contender(name="autoregressive", objective="autoregressive"),
+    # One token a forward in blocks of 32, the method at its most careful. Stopping behind the EOS changes no token before it.
+    Contender(name="masked_diffusion", objective="masked_diffusion", diffusion={"early_stop": True}),
+    Contender(name="block_diffusion", objective="block_diffusion"),
+    Contender(name="refusion", objective="refusion"),
+    Contender(name="masked_diffusion_paper", objective="masked_diffusion", is_main=False, fixed_tokens=PAPER_TOKENS),
+    Contender(
+        name="masked_diffusion_fast",
+        objective="masked_diffusion",
+        diffusion={"early_stop": True, "threshold": 0.9, "cache": "dual"},
+        is_main=False,
+    ),
+    Contender(name="block_diffusion_careful", objective="block_diffusion", diffusion={"threshold": 1.0}, is_main=False),
+    Contender(
+        name="refusion_paper",
+        objective="refusion",
+        slots=SlotParams(slot_size=32, serial_blocks=4, slot_threshold=0.9, token_threshold=0.4, acceptance="paper", correction="paper"),
+        is_main=False,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A trained model, and the checksum it is known by."""
+
+    objective: str
+    seed: int
+    path: Path
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.objective}-{self.seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Problems with verifiable answers, or chat."""
+
+    name: str
+    rows: list[Row]
+    max_tokens: int
+
+
+class OutOfTime(Exception):
+    """--seconds are over; what is measured by then is in the log."""
+
+
+def main() -> None:
+    args = flags()
+    models = found_models(args)
+    contenders = chosen_contenders(args, {model.objective for model in models})
+    asked = read_tasks(args)
+    chat = Task("chat", harness.rows_of(args.data / "heldout.jsonl.gz", limit=args.chat_rows), args.max_tokens)
+    identity = {"dtype": args.dtype, "device": args.device, "slots": args.slots, "max_tokens": args.max_tokens}
+    bench = Bench(args, contenders, asked, chat, SampleLog(args.state, identity, resume=True))
+    code = 0
+    try:
+        for seed in sorted({model.seed for model in models}):
+            bench.measure([model for model in models if model.seed == seed])
+    except OutOfTime:
+        print("out of time; the same command goes on from here", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+    result = comparison_figures.result(bench.log.rows(LOG), models, contenders, [*asked, chat], settings_of(args, models, contenders))
+    write_result(args.output, replace(result, device=args.device, notes=args.notes))
+    print(f"written {args.output}", file=sys.stderr)
+    if code:
+        sys.exit(code)
+
+
+def flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The controlled comparison.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, help="folder of OBJECTIVE-SEED/final")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the held-out rows")
+    parser.add_argument("--state", type=Path, required=True, help="folder of the answers, written and continued")
+    parser.add_argument("--output", type=Path, default=harness.RESULTS / "comparison.json", help="result file")
+    parser.add_argument("--base", default="smollm2-135m", help="model whose argmax counts as agreement")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16"], help="by default what the device computes in")
+    parser.add_argument("--seconds", type=float, default=3600, help="no group of prompts is begun after them")
+    parser.add_argument("--limit", type=int, default=None, help="problems of each task at most")
+    parser.add_argument("--chat-rows", type=int, default=256, help="held-out chat prompts")
+    parser.add_argument("--likelihood-rows", type=int, default=128, help="held-out chat pairs whose likelihood is measured")
+    parser.add_argument("--speed-prompts", type=int, default=32, help="prompts of each kind that are timed at batch 1")
+    parser.add_argument("--speed-seconds", type=float, default=8, help="per contender and kind at larger batches")
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 32], help="at which speed is measured; none: it is not")
+    parser.add_argument("--batch-size", type=int, default=None, help="problems decoded together; by default 4 on a CPU, 128 on a GPU")
+    parser.add_argument("--max-tokens", type=int, default=256, help="new tokens at most; GSM8K twice as many")
+    parser.add_argument("--tasks", nargs="+", default=["predictable", "gsm8k", "reasoning"], help="of predictable, gsm8k, reasoning")
+    parser.add_argument("--contenders", nargs="+", default=None, help=f"of {', '.join(c.name for c in CONTENDERS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="by default all there are")
+    parser.add_argument("--slots", type=json.loads, default=None, help="slot settings of `refusion` as JSON; by default the checkpoint's")
+    parser.add_argument("--notes", default="", help="a sentence for the result file")
+    return parser.parse_args()
+
+
+def found_models(args: argparse.Namespace) -> list[Model]:
+    """Every OBJECTIVE-SEED/final in RUNS. Raises DataError if there is none."""
+    found = []
+    for path in sorted(args.runs.glob("*-*/final")):
+        objective, _, seed = path.parent.name.rpartition("-")
+        if objective in {c.objective for c in CONTENDERS} and seed.isdigit() and (args.seeds is None or int(seed) in args.seeds):
+            found.append(Model(objective, int(seed), path, checksum(path)))
+    if not found:
+        raise DataError(f"{args.runs} holds no OBJECTIVE-SEED/final; train some first (benchmarks/train_comparison.sh)")
+    return found
+
+
+def checksum(path: Path) -> str:
+    """Of all weights of a checkpoint."""
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def chosen_contenders(args: argparse.Namespace, objectives: set[str]) -> list[Contender]:
+    """Those that have models, with --slots set. Raises ConfigError for an unknown name or a decoder that is not here."""
+    known = {contender.name: contender for contender in CONTENDERS}
+    unknown = [name for name in args.contenders or () if name not in known]
+    if unknown:
+        raise ConfigError(f"unknown contender {unknown[0]!r}; known are {', '.join(known)}")
+    if args.slots is not None:
+        known["refusion"] = replace(known["refusion"], slots=SlotParams(**args.slots))
+    if args.contenders is not None:
+        known = {name: replace(known[name], is_main=True) for name in args.contenders}
+    chosen = [contender for contender in known.values() if contender.objective in objectives]
+    missing = [contender.objective for contender in chosen if contender.objective not in DECODERS]
+    if missing:
+        raise ConfigError(f"decoder {missing[0]} is not part of this version; leave it out with --contenders")
+    return chosen
+
+
+def read_tasks(args: argparse.Namespace) -> list[Task]:
+    """The held-out problems; every reasoning family is a task of its own."""
+    files = {"predictable": "tasks_heldout", "gsm8k": "gsm8k_test", "reasoning": "rg_heldout"}
+    unknown = [name for name in args.tasks if name not in files]
+    if unknown:
+        raise ConfigError(f"unknown task {unknown[0]!r}; known are {', '.join(files)}")
+    found = []
+    for name in args.tasks:
+        rows = tasks.problems(args.data / f"{files[name]}.jsonl.gz")
+        groups = {name: rows}
+        if name == "reasoning":
+            groups = {family: [row for row in rows if row["family"] == family] for family in dict.fromkeys(row["family"] for row in rows)}
+        max_tokens = 2 * args.max_tokens if name == "gsm8k" else args.max_tokens
+        found += [Task(group, some[: args.limit], max_tokens) for group, some in groups.items()]
+    return found
+
+
+def settings_of(args: argparse.Namespace, models: Sequence[Model], contenders: Sequence[Contender]) -> dict[str, Any]:
+    names = ("limit", "chat_rows", "likelihood_rows", "speed_prompts", "batch_sizes", "batch_size", "max_tokens", "base", "dtype")
+    described = {contender.name: contender for contender in contenders}
+    return {name: getattr(args, name) for name in names} | {"weights": {m.name: m.sha256 for m in models}, "contenders": described}
+
+
+class Bench:
+    """Asks, judges and times; what is in the log already is not done again."""
+
+    def __init__(
+        self, args: argparse.Namespace, contenders: Sequence[Contender], asked: Sequence[Task], chat: Task, log: SampleLog
+    ) -> None:
+        self.args, self.contenders, self.asked, self.chat, self.log = args, contenders, asked, chat, log
+        self.deadline = time.monotonic() + args.seconds
+        self.is_cuda = args.device.startswith("cuda")
+        self.batch_size = args.batch_size or (128 if self.is_cuda else 4)
+        self.known = {(row["task"], row["doc_id"]) for row in log.rows(LOG)}
+
+    def measure(self, models: Sequence[Model]) -> None:
+        """Everything about the models of one seed: the tasks of the main contenders first, then speed."""
+        llms: dict[str, LLM] = {}
+        pairs = [(contender, model) for contender in self.contenders for model in models if model.objective == contender.objective]
+        for contender, model in pairs:
+            if contender.is_main:
+                for task in (*self.asked, self.chat):
+                    self.ask(contender, model, task, llms)
+                self.likelihoods(contender, model, llms)
+        for size in self.args.batch_sizes:
+            for kind in ("chat", "tasks"):
+                self.time(kind, size, pairs, llms)
+
+    def ask(self, contender: Contender, model: Model, task: Task, llms: dict[str, LLM]) -> None:
+        """Answers of one task, in groups that keep the batch full."""
+        key = key_of(contender, model, task.name)
+        left = [i for i in range(len(task.rows)) if (key, i) not in self.known]
+        for start in range(0, len(left), 4 * self.batch_size):
+            group = left[start : start + 4 * self.batch_size]
+            self.check_time()
+            llm = self.llm(model, llms)
+            prompts = [harness.chat(task.rows[i]["query"]) for i in group]
+            sampling = SamplingParams(max_tokens=task.max_tokens)
+            outputs = llm.generate(
+                prompts, sampling, contender.slots, contender.objective, batch_size=self.batch_size, progress=True, **contender.options
+            )
+            scores = self.agreement(outputs) if task is self.chat else self.rights([task.rows[i] for i in group], outputs)
+            self.append(key, group, outputs, scores)
+            print(f"{key}: {start + len(group)} of {len(left)}", file=sys.stderr)
+
+    def rights(self, rows: Sequence[Row], outputs: Sequence[Any]) -> list[dict[str, float]]:
+        return [{"right": float(is_right)} for is_right in tasks.judge(rows, [out.text for out in outputs])]
+
+    def agreement(self, outputs: Sequence[Any]) -> list[dict[str, float]]:
+        """How many tokens are the base's argmax, and their negative log-likelihood."""
+        base = self.base
+        prompts, answers = [out.prompt_ids for out in outputs], [out.token_ids for out in outputs]
+        found = answer_scores(base.model, prompts, answers, 64 if self.is_cuda else 4, banned_ids=base.banned_ids().tolist())
+        return [{"agreed": float(sum(score.is_argmax)), "nats": -score.total} for score in found]
+
+    def likelihoods(self, contender: Contender, model: Model, llms: dict[str, LLM]) -> None:
+        """Nats of held-out answers under the model's own factorisation: exact left to right, else a bound."""
+        key = key_of(contender, model, "likelihood")
+        rows = self.chat.rows[: self.args.likelihood_rows]
+        if (key, len(rows) - 1) in self.known:
+            return
+        self.check_time()
+        llm = self.llm(model, llms)
+        assert llm.tokenizer is not None, "trained models have one"
+        pairs = [(llm.encode(harness.chat(row["query"])), [*llm.tokenizer.encode(row["response"]), llm.eos_ids()[0]]) for row in rows]
+        found = own_likelihoods(llm, contender, pairs, 32 if self.is_cuda else 4)
+        rows_of_log = [
+            {"task": key, "doc_id": i, "scores": {"nats": -each.log_prob}, "num_tokens": len(answer)}
+            for i, ((_, answer), each) in enumerate(zip(pairs, found, strict=True))
+        ]
+        self.log.append(LOG, rows_of_log)
+
+    def time(self, kind: str, size: int, pairs: Sequence[tuple[Contender, Model]], llms: dict[str, LLM]) -> None:
+        """Every contender on the same prompts: alone in turns, else one after the other for --speed-seconds each."""
+        keys = [key_of(contender, model, f"speed_{kind}_{size}") for contender, model in pairs]
+        if all((key, 0) in self.known for key in keys):
+            return
+        queries = [row["query"] for row in self.chat.rows] if kind == "chat" else [row["query"] for row in mixed(self.asked)]
+        prompts = [harness.chat(query) for query in queries[: max(self.args.speed_prompts, 4 * size)]]
+        servers = [self.server(contender, model, llms) for contender, model in pairs]
+        loads = [Load() for _ in pairs]
+        for (contender, _), server in zip(pairs, servers, strict=True):
+            self.check_time()
+            longest = max(len(server.llm.encode(prompt)) for prompt in prompts)
+            server.warm_up([contender.objective], longest, size)
+            server.serve(Load(), contender.objective, cycled(prompts, size), size)
+            server.warm_up([contender.objective], longest, size)
+        walls: list[list[float]] = [[] for _ in pairs]
+        if size == 1:
+            serves = [
+                partial(timed, server, load, pair[0].objective, wall)
+                for server, load, pair, wall in zip(servers, loads, pairs, walls, strict=True)
+            ]
+            self.check_time()
+            take_turns(serves, prompts[: self.args.speed_prompts])
+        else:
+            for server, load, (contender, _) in zip(servers, loads, pairs, strict=True):
+                self.check_time()
+                server.serve_for(load, contender.objective, prompts, size, self.args.speed_seconds)
+        for number, (key, load) in enumerate(zip(keys, loads, strict=True)):
+            if size == 1:
+                self.append(key, range(len(load.outputs)), load.outputs, [{"wall": seconds} for seconds in walls[number]])
+            else:  # which prompts there was time for differs, so only the sums mean something
+                total = {"num_tokens": load.num_tokens, "num_forwards": sum(out.stats.num_forwards for out in load.outputs)}
+                self.log.append(
+                    LOG, [{"task": key, "doc_id": 0, "scores": {"wall": load.seconds}, "num_requests": len(load.outputs), **total}]
+                )
+                self.known.add((key, 0))
+            print(f"{key}: {load.tokens_per_second:.0f} tokens/s", file=sys.stderr)
+
+    def server(self, contender: Contender, model: Model, llms: dict[str, LLM]) -> Server:
+        sampling = SamplingParams(max_tokens=contender.fixed_tokens or self.args.max_tokens)
+        return Server(self.llm(model, llms), contender.slots, sampling, contender.options)
+
+    def llm(self, model: Model, llms: dict[str, LLM]) -> LLM:
+        """Loaded once a seed; the cache is bounded, for all of a seed are there together when they are timed."""
+        if model.name not in llms:
+            # Plain masked diffusion runs whole texts in every forward.
+            rows = ROOM * (32 if self.is_cuda else 4) if model.objective == "masked_diffusion" else None
+            seats = max([self.batch_size, *self.args.batch_sizes])
+            engine = EngineSettings(max_num_seqs=seats, cache_tokens=seats * ROOM, max_decode_rows=rows, prefix_caching=False)
+            llms[model.name] = LLM.from_pretrained(model.path, device=self.args.device, dtype=self.args.dtype, engine=engine)
+        return llms[model.name]
+
+    @cached_property
+    def base(self) -> LLM:
+        return LLM.from_pretrained(self.args.base, device=self.args.device, dtype="float32")
+
+    def append(self, key: str, numbers: Sequence[int], outputs: Sequence[Any], scores: Sequence[dict[str, float]]) -> None:
+        rows = []
+        for i, out, score in zip(numbers, outputs, scores, strict=True):
+            stats = out.stats
+            cost = {"num_tokens": stats.num_tokens, "num_forwards": stats.num_forwards, "is_cut": out.finish_reason == "length"}
+            rows.append({"task": key, "doc_id": i, "scores": score, **cost})
+        self.log.append(LOG, rows)
+        self.known |= {(key, i) for i in numbers}
+
+    def check_time(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+
+
+def own_likelihoods(llm: LLM, contender: Contender, pairs: Sequence[Pair], batch_size: int) -> list[Likelihood]:
+    """By the factorisation that the contender decodes with."""
+    if contender.objective == "autoregressive":
+        return chain_likelihoods(llm.model, pairs, batch_size)
+    mask_id = llm.config.mask_token_id
+    assert mask_id is not None, "a diffusion model has one"
+    if contender.objective == "refusion":
+        bound = BoundSettings(slot_size=llm.resolve_slots(contender.slots).slot_size, num_samples=BOUND_SAMPLES)
+        return slot_bounds(llm.model, pairs, mask_id, bound, batch_size)
+    from refusion.evaluation.diffusion_likelihood import diffusion_bounds
+
+    # As the decoders read the settings: a block length left out is the one the checkpoint was trained with.
+    settings = llm.new_request([0], None, None, contender.objective, **contender.options).diffusion
+    return diffusion_bounds(llm.model, pairs, mask_id, settings, num_samples=BOUND_SAMPLES, seed=0, batch_size=batch_size)
+
+
+def timed(server: Server, load: Load, decoder: str, walls: list[float], prompts: Sequence[Any]) -> None:
+    """One turn, and how long it took."""
+    before = load.seconds
+    server.serve(load, decoder, prompts, 1)
+    walls.append(load.seconds - before)
+
+
+def mixed(asked: Sequence[Task]) -> Iterator[Row]:
+    """A row of every task in turn, without end of the shorter ones."""
+    longest = max(len(task.rows) for task in asked)
+    return (task.rows[i] for i in range(longest) for task in asked if i < len(task.rows))
+
+
+def key_of(contender: Contender, model: Model, task: str) -> str:
+    return comparison_figures.key_of(contender.name, model.seed, model.sha256, task)
+
+
+if __name__ == "__main__":
+    harness.script(main)

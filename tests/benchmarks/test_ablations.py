@@ -1,0 +1,91 @@
+"""Ablations on a tiny model: every arm of every group, resumed, refused for another checkpoint, drawn."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refusion.evaluation.results import Result, Run, read_result, write_result
+from refusion.evaluation.statistics import Interval
+from refusion.synthesis.jsonl import write_rows
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+Script = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def script(name: str, *options: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return script
+
+
+@pytest.fixture
+def options(tmp_path: Path, tiny_model_dir: Path) -> list[object]:
+    chat = tmp_path / "chat.jsonl"
+    write_rows(chat, [{"query": "hello"}, {"query": "again"}])
+    sizes = ["--limit", 2, "--max-tokens", 8, "--chat-rows", 2, "--speed-prompts", 2, "--dtype", "float32", "--batch-size", 2]
+    models = ["--model", tiny_model_dir, "--base", tiny_model_dir, "--chat-data", chat]
+    return [*models, *sizes, "--output", tmp_path / "out.json"]
+
+
+def test_every_arm_is_measured_and_none_twice(script: Script, options: list[object], tmp_path: Path) -> None:
+    code, _out, err = script("ablations", *options, "--seconds", 0)
+    assert (code, "out of time" in err) == (0, True)
+    code, out, err = script("ablations", *options)
+    assert code == 0, err
+    runs: dict[str, Any] = {run["label"]: run for run in read_result(tmp_path / "out.json")["runs"]}
+    assert len(runs) == len(out.splitlines()) == 49
+    assert {run["settings"]["group"] for run in runs.values()} == {"slots", "thresholds", "rules", "fusion", "infill", "kv", "score"}
+    wide = runs["slots: 16 in 128"]
+    assert (wide["settings"]["slots"]["slot_size"], wide["settings"]["slots"]["block_size"]) == (16, 128)
+    assert {"accuracy", "tokens_per_forward", "tokens_per_second", "over_autoregressive", "chat_agreement"} <= wide["figures"].keys()
+    assert "tokens_per_second" not in runs["kv: computed anew, slot 0.9"]["figures"]  # the plain decoder
+    fused, two_pass = (runs[f"fusion: {name}"]["figures"] for name in ("fused rounds and infill", "two-pass"))
+    assert fused["mean_tokens"] == two_pass["mean_tokens"]  # the same tokens
+    assert fused["tokens_per_forward"]["value"] > two_pass["tokens_per_forward"]["value"]
+    plain, first = runs["kv: as the infill left them, slot 0.9"]["figures"], runs["score: first token, slot 0.9"]["figures"]
+    assert plain == first  # two ways to say the same
+    code, out, err = script("ablations", *options)
+    assert (code, out) == (0, ""), err
+
+
+def test_arms_of_another_setting_are_not_mixed_in(script: Script, options: list[object]) -> None:
+    only = ("--groups", "fusion")
+    assert script("ablations", *options, *only)[0] == 0
+    code, _out, err = script("ablations", *options, *only, "--slot-size", 4)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "measured with other settings" in err
+    code, _out, err = script("ablations", *options, "--groups", "magic")
+    assert (code, "unknown group 'magic'" in err) == (1, True)
+
+
+def test_plots_are_drawn_from_the_result_file_and_are_the_same_twice(script: Script, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figures = {"accuracy": Interval(0.5, 0.4, 0.6), "tokens_per_second": 100.0, "autoregressive_tokens_per_second": 50.0}
+    runs = [Run(label=f"slots: {i}", settings={"group": "slots", "label": str(i)}, figures=figures) for i in (4, 8)]
+    runs.append(Run(label="kv: x", settings={"group": "kv", "label": "x"}, figures={"accuracy": Interval(0.5, 0.4, 0.6)}))
+    write_result(tmp_path / "ablations.json", Result(name="ablations", settings={}, runs=runs))
+    drawn = []
+    for _ in range(2):
+        code, _out, err = script("ablation_plots", "--input", tmp_path / "ablations.json", "--output", tmp_path)
+        assert code == 0, err
+        assert [path.name for path in tmp_path.glob("*.svg")] == ["ablations-slots.svg"]
+        drawn.append((tmp_path / "ablations-slots.svg").read_text())
+    assert drawn[0] == drawn[1]
+    assert "tokens/s at batch 1" in drawn[0]
+    write_result(tmp_path / "empty.json", Result(name="ablations", settings={}, runs=runs[2:]))
+    code, _out, err = script("ablation_plots", "--input", tmp_path / "empty.json", "--output", tmp_path)
+    assert (code, "no arm with tokens per second" in err) == (1, True)
