@@ -33,6 +33,9 @@ from refusion.llm import EngineSettings
 HERE = Path(__file__).resolve().parent
 TESTS = [
     *(f"tests/model/test_kernels_{name}.py" for name in ("linear", "attention", "readout", "invariant")),
+    "tests/decoding/test_rounds_kernels.py",
+    "tests/decoding/test_diffusion_kernels.py",
+    "tests/engine/test_diffusion_lanes.py",
     "tests/engine/test_golden_runner.py",
     "tests/benchmarks/test_forward_times.py",
 ]

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests" / name) for name in ("model", "engine")]  # random forwards, and small requests
 
-from engines import COSTS, EOS, MASK, new_request, run  # noqa: E402  # pyright: ignore[reportMissingImports]
+from engines import COSTS, DIFFUSION, EOS, MASK, SLOTS, new_request, run  # noqa: E402  # pyright: ignore[reportMissingImports]
 from flat_forwards import CHAIN, GROUPS, LONE, PLAN, Seat, forward_of  # noqa: E402  # pyright: ignore[reportMissingImports]
 from forward import CASES, random_model  # noqa: E402
 
@@ -124,17 +125,20 @@ def small_kernels(device: str) -> Iterator[str]:
 
 
 def engines(device: str) -> Iterator[str]:
-    """Layout, verdicts, agenda and commit of both decoders: requests of several lengths together, prompts in pieces, graphs replayed."""
+    """Layout, verdicts, agenda and commit of all decoders: requests of several lengths together, prompts in pieces, graphs replayed."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = random_model(CASES["tiny"].config, torch.device(device), dtype)
     banned = torch.tensor([MASK], device=device)
     for settings in ({}, {"batch_invariant": True}):
         limits = EngineSettings(max_num_seqs=3, max_prompt_rows=32, max_decode_rows=512, cache_tokens=1024, **settings)
         engine = build_engine(flat_network(model, limits), limits, banned_ids=banned, costs=lambda: COSTS)
-        for decoder in ("refusion", "autoregressive"):
+        for decoder in ("refusion", "alternatives", "autoregressive", *DIFFUSION):
             answers: list[Any] = []
+            options: dict[str, Any] = {"decoder": decoder}
+            if decoder == "alternatives":
+                options = {"decoder": "refusion", "slots": replace(SLOTS, alternatives=1)}
             for index, length in enumerate((1, 40, 3, 17, 9)):
-                engine.add(new_request([7 + index] * length, answers, index=index, decoder=decoder, eos_ids=(EOS,), max_tokens=12))
+                engine.add(new_request([7 + index] * length, answers, index=index, eos_ids=(EOS,), max_tokens=12, **options))
             run(engine)
             assert len(answers) == 5, f"{len(answers)} of 5 requests were answered"
         yield f"engine {settings}"

@@ -202,6 +202,7 @@ def test_rows_beyond_the_bucket_are_left_out_and_reported() -> None:
         assert rounds.report[:, OVERFLOW].tolist() == [0, 4, 8]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs CUDA graphs")
 @pytest.mark.parametrize("use_kernels", [False, True])
 @pytest.mark.parametrize("is_autoregressive", [False, True])
