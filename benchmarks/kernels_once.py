@@ -23,7 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests" / name) for name in ("model", "engine")]  # random forwards, and small requests
 
-from engines import COSTS, DIFFUSION, EOS, MASK, SLOTS, new_request, run  # noqa: E402  # pyright: ignore[reportMissingImports]
+from engines import COSTS, DIFFUSION, EOS, SLOTS, new_request, run  # noqa: E402  # pyright: ignore[reportMissingImports]
 from flat_forwards import CHAIN, GROUPS, LONE, PLAN, Seat, forward_of  # noqa: E402  # pyright: ignore[reportMissingImports]
 from forward import CASES, random_model  # noqa: E402
 
@@ -128,7 +128,7 @@ def engines(device: str) -> Iterator[str]:
     """Layout, verdicts, agenda and commit of all decoders: requests of several lengths together, prompts in pieces, graphs replayed."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = random_model(CASES["tiny"].config, torch.device(device), dtype)
-    banned = torch.tensor([MASK], device=device)
+    banned = torch.tensor([model.config.mask_token_id], device=device)  # or a diffusion decoder would write masks for ever
     for settings in ({}, {"batch_invariant": True}):
         limits = EngineSettings(max_num_seqs=3, max_prompt_rows=32, max_decode_rows=512, cache_tokens=1024, **settings)
         engine = build_engine(flat_network(model, limits), limits, banned_ids=banned, costs=lambda: COSTS)
