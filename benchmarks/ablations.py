@@ -158,7 +158,7 @@ class Bench:
         self.llm = LLM.from_pretrained(args.model, device=args.device, dtype=args.dtype, engine=engine)
         if self.llm.config.mask_token_id is None:
             raise CheckpointError(f"{self.llm.path} has no mask token; there are no slots to ablate")
-        self.common = slots.resolve(self.llm.recommended)
+        self.common = self.llm.resolve_slots(slots)
         self.rows = harness.select(make(HELD_OUT_SEED, tasks.NUM_HELD_OUT), None, args.limit)
         chat = args.chat_data or (harness.chat_prompts() if args.chat_rows else None)
         self.chat = harness.rows_of(chat, limit=args.chat_rows) if chat and args.chat_rows else []

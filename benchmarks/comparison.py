@@ -378,7 +378,7 @@ def own_likelihoods(llm: LLM, contender: Contender, pairs: Sequence[Pair], batch
     mask_id = llm.config.mask_token_id
     assert mask_id is not None, "a diffusion model has one"
     if contender.objective == "refusion":
-        bound = BoundSettings(slot_size=contender.slots.resolve(llm.recommended).slot_size, num_samples=BOUND_SAMPLES)
+        bound = BoundSettings(slot_size=llm.resolve_slots(contender.slots).slot_size, num_samples=BOUND_SAMPLES)
         return slot_bounds(llm.model, pairs, mask_id, bound, batch_size)
     from refusion.evaluation.diffusion_likelihood import diffusion_bounds
 

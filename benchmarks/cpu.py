@@ -71,7 +71,7 @@ def main() -> None:
     )
     for run in runs:
         print(json.dumps({"label": run.label} | to_plain(run.figures)), flush=True)
-    slots = asdict(setting.slots.resolve(llm.recommended))
+    slots = asdict(llm.resolve_slots(setting.slots))
     harness.finish(args, "cpu", llm, runs, base=args.base, slots=slots, num_prompts=args.limit or args.num_prompts)
 
 

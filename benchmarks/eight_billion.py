@@ -69,7 +69,7 @@ def main() -> None:
         runs += eager_loop(llm, setting, replace(sampling, max_tokens=min(args.max_tokens, 64)), prompts["chat"][: args.loop_prompts])
     for run in runs:
         print(json.dumps({"label": run.label} | to_plain(run.figures)), flush=True)
-    slots = asdict(setting.slots.resolve(llm.recommended))
+    slots = asdict(llm.resolve_slots(setting.slots))
     harness.finish(args, "eight-billion", llm, runs, shape=args.shape, slots=slots, num_prompts=args.num_prompts)
 
 
@@ -89,7 +89,7 @@ def eager_loop(llm: LLM, setting: harness.Setting, sampling: SamplingParams, pro
     """The same algorithm over an eager `transformers` model on the same weights."""
     network = TransformersNetwork(carrier.to_transformers(llm.model), llm.config)
     forward = EagerForward(network, llm.banned_ids())
-    slots = setting.slots.resolve(llm.recommended)
+    slots = llm.resolve_slots(setting.slots)
     runs = []
     for decoder in DECODERS:
         loop = transformers_loop.transformers_side(llm, forward, decoder, slots, sampling)

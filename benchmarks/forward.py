@@ -465,6 +465,9 @@ def profile_of(name: str, bench: Bench, width: int, repeats: int = 10) -> dict[s
         for item in recorded.key_averages()
     ]
     kernels = sorted((kernel for kernel in kernels if kernel["us"] > 0), key=lambda kernel: -kernel["us"])
+    for kernel in kernels[:8]:
+        each = kernel["us"] / kernel["count"]
+        print(f"{name} T={width} {kernel['count']:6.0f} x {each:8.2f} us = {kernel['us']:8.1f} us  {kernel['name'][:60]}", flush=True)
     return {"shape": name, "cached_tokens": bench.cached, "num_rows": width, "kernels": kernels}
 
 

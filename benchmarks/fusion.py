@@ -79,7 +79,7 @@ def chat_run(llm: LLM, setting: harness.Setting, prompts: Sequence[Any], max_tok
     sampling = SamplingParams(max_tokens=max_tokens)
     fused = llm.generate(list(prompts), sampling, setting.slots, batch_size=batch_size, progress=True)
     plain = llm.generate(list(prompts), sampling, replace(setting.slots, **TWO_PASS), batch_size=batch_size, progress=True)
-    return run_of(f"chat {setting.label}", {"slots": asdict(setting.slots.resolve(llm.recommended))}, fused, plain)
+    return run_of(f"chat {setting.label}", {"slots": asdict(llm.resolve_slots(setting.slots))}, fused, plain)
 
 
 def run_of(label: str, settings: dict[str, Any], fused: list[RequestOutput], plain: list[RequestOutput]) -> Run:

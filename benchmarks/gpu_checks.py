@@ -165,7 +165,7 @@ def plain_answer(llm: LLM, prompt: list[int], sampling: SamplingParams, name: st
     else:
         mask_id = llm.config.mask_token_id
         assert mask_id is not None, "slots need a mask token"
-        decoder = ReFusionDecoder(forward, NARROW.resolve(llm.recommended), sampling, mask_id=mask_id, eos_ids=eos_ids)
+        decoder = ReFusionDecoder(forward, llm.resolve_slots(NARROW), sampling, mask_id=mask_id, eos_ids=eos_ids)
     ids = torch.tensor([prompt], device=device)
     decoder.start(ids, torch.tensor([len(prompt)], device=device), torch.tensor([sampling.seed], device=device))
     while not bool(decoder.is_done.all()):

@@ -147,7 +147,7 @@ def run_of(llm: LLM, setting: Setting, figures: dict[str, Figure]) -> Run:
     """The run with its slot settings printed whole, and one line of it on stdout."""
     described: dict[str, Any] = {"decoder": setting.decoder}
     if setting.decoder == "refusion":
-        described["slots"] = asdict(setting.slots.resolve(llm.recommended))
+        described["slots"] = asdict(llm.resolve_slots(setting.slots))
     print(json.dumps({"label": setting.label} | to_plain(figures)), flush=True)
     return Run(label=setting.label, settings=described, figures=figures)
 

@@ -103,7 +103,7 @@ def attentions(device: str) -> Iterator[str]:
                 finite(found[is_real], "attend")
                 qkv = torch.randn(num_rows, (num_heads + 2 * num_kv_heads) * head_dim, device=device).to(torch.bfloat16)
                 new = torch.zeros(2, num_rows, num_kv_heads, head_dim, device=device, dtype=torch.bfloat16)
-                finite(rotate_and_attend(qkv, *turned, *new, *context, tiles, workspace, config)[is_real], "rotate_and_attend")
+                finite(rotate_and_attend(qkv, *turned, new[0], new[1], *context, tiles, workspace, config)[is_real], "rotate_and_attend")
         yield f"attention of {head_dim}"
 
 
@@ -119,7 +119,7 @@ def small_kernels(device: str) -> Iterator[str]:
     gain = torch.ones(64, device=device, dtype=torch.bfloat16)
     finite(rotary.rotate_and_store(qkv, positions, angles.cos(), angles.sin(), gain, gain, EPS, 9, 3, 64, new[0, 0], new[1, 0]), "rotary")
     source, target = torch.tensor([[4, -1, 0], [11, 3, 0]], device=device, dtype=torch.int32)
-    store.store_rows(*new, *pages, source, target)
+    store.store_rows(new[0], new[1], pages[0], pages[1], source, target)
     yield "rotation and commit"
 
 

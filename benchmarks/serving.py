@@ -58,7 +58,7 @@ def main() -> None:
         runs += [shown(run_of(decoder, load, concurrency)) for decoder, load in loads.items()]
         if len(loads) > 1:
             runs.append(shown(comparison(loads, concurrency)))
-    settings = {"carrier": args.carrier, "kind": args.kind, "slots": asdict(setting.slots.resolve(llm.recommended))}
+    settings = {"carrier": args.carrier, "kind": args.kind, "slots": asdict(llm.resolve_slots(setting.slots))}
     data = args.data or args.kind
     harness.finish(args, "serving", llm, runs, **settings, data=data, requests=args.requests, num_prompts=len(rows))
 

@@ -54,7 +54,7 @@ def main() -> None:
     rows = harness.rows_of(args.data or harness.chat_prompts(), limit=args.limit or 8)
     prompts = [llm.encode(harness.chat(row["query"])) for row in rows]
     (setting,) = harness.settings(args)
-    slots = setting.slots.resolve(llm.recommended)
+    slots = llm.resolve_slots(setting.slots)
     sampling = SamplingParams(max_tokens=args.max_tokens)
     network = TransformersNetwork(carrier.to_transformers(llm.model, args.attention), llm.config)
     forward = EagerForward(network, llm.banned_ids())

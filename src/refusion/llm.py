@@ -20,10 +20,12 @@ from refusion.decoding.forward import EagerForward, ForwardFn
 from refusion.decoding.params import SamplingParams, SlotParams, SlotSettings
 from refusion.engine.build import build_engine, flat_network, quantized_network
 from refusion.engine.core import Engine
+from refusion.engine.costs import measured_costs
 from refusion.engine.network import FlatNetwork
 from refusion.engine.outputs import Piece, RequestOutput, Stats
 from refusion.engine.requests import Answer, FindStop, NewRequest
 from refusion.engine.settings import EngineSettings
+from refusion.engine.slot_choice import SIZES, choose, read_choices
 from refusion.engine.stream import AnswerStream
 from refusion.errors import CheckpointError, RequestError
 from refusion.model.config import ModelConfig
@@ -90,6 +92,7 @@ class LLM:
         self.engine_settings = engine or EngineSettings()
         self.recommended: dict[str, Any] = _recommended(path, model.device.type)
         self._tokens_per_forward: float | None = self.recommended.pop("tokens_per_forward", None)
+        self._choices = read_choices(self.recommended.pop("choices", ()))
         self._trained_block_size = _trained_block_size(path)
 
     @classmethod
@@ -230,7 +233,7 @@ class LLM:
         prompt_ids = self._encode(prompt, index)
         self._check_length(prompt_ids, index, sampling)
         params = self.resolve_diffusion(decoder, diffusion)
-        decoder, settings = self._decoder(decoder, (slots or SlotParams()).resolve(self.recommended))
+        decoder, settings = self._decoder(decoder, slots or SlotParams())
         new = NewRequest(
             prompt_ids=prompt_ids,
             sampling=sampling,
@@ -244,6 +247,21 @@ class LLM:
         )
         self.engine.check(new)
         return new
+
+    def resolve_slots(self, slots: SlotParams) -> SlotSettings:
+        """What is left out filled in as the checkpoint recommends for this device.
+
+        Where it knows several slot sizes, block sizes and numbers of candidate lengths and all of these are left out, those are taken that
+        the measured cost of forwards on this machine calls fastest (measuring takes seconds, once). Raises `ConfigError`.
+        """
+        is_open = all(getattr(slots, name) is None for name in SIZES)
+        return slots.resolve(self._fastest if is_open and self._choices else self.recommended)
+
+    @cached_property
+    def _fastest(self) -> dict[str, Any]:
+        """What is recommended, in the sizes that suit this machine."""
+        others = {name: value for name, value in self.recommended.items() if name not in SIZES}
+        return others | dict(choose(self._choices, measured_costs(self.engine.runner.network)))
 
     def new_stream(self, new: NewRequest) -> AnswerStream | None:
         """Turns the events of a request into text; None without a tokenizer."""
@@ -355,16 +373,17 @@ class LLM:
         params = given if given is not None or kind is None else kind()
         return params.resolve(self._trained_block_size) if isinstance(params, BlockDiffusionParams) else params
 
-    def _decoder(self, name: str, slots: SlotSettings) -> tuple[str, SlotSettings | None]:
+    def _decoder(self, name: str, params: SlotParams) -> tuple[str, SlotSettings | None]:
         """The decoder and its slot settings. Raises if there is no such decoder, or not with this checkpoint."""
         if name not in DECODERS:
             raise RequestError(f"unknown decoder {name!r}; use one of {', '.join(DECODERS)}")
         has_mask = self.config.mask_token_id is not None
         if name not in ("autoregressive", "auto") and not has_mask:
             raise CheckpointError(f"{self.path} has no mask token; add one with `refusion convert`, or use decoder='autoregressive'")
-        if name in DIFFUSION:
-            return name, None
-        return (name, slots) if has_mask and name != "autoregressive" else ("autoregressive", None)
+        if name in ("refusion", "auto") and has_mask:
+            return name, self.resolve_slots(params)
+        params.resolve(self.recommended)  # raises if they make no sense, needed or not
+        return (name if name in DIFFUSION else "autoregressive"), None
 
     def _stop_finder(self, sampling: SamplingParams) -> FindStop | None:
         if not sampling.stop:

@@ -66,7 +66,7 @@ def compare_decoders(llm: LLM, model: str, prompt: Prompt, sampling: SamplingPar
     for network, decoder in ((llm, "refusion"), (base, "autoregressive")):
         network.generate([prompt], warm_up, slots, decoder)
         outputs += network.generate([prompt], sampling, slots, decoder)
-    return Comparison(model, base_name, slots.resolve(llm.recommended), *outputs)
+    return Comparison(model, base_name, llm.resolve_slots(slots), *outputs)
 
 
 def _base_of(llm: LLM, model: str) -> tuple[str, LLM]:

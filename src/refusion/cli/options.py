@@ -250,7 +250,7 @@ def load(
 def resolve_slots(slots: SlotParams, llm: LLM) -> SlotSettings:
     """The slot settings this model will decode with; flags that do not fit its own are a usage error."""
     with usage_errors():
-        return slots.resolve(llm.recommended)
+        return llm.resolve_slots(slots)
 
 
 def summary(output: RequestOutput, slots: SlotSettings, diffusion: DiffusionParams | None = None) -> str:

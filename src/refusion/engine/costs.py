@@ -9,11 +9,14 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from refusion import __version__, hub
+from refusion import model as model_package
 from refusion.atomic import atomic_file
 from refusion.engine.network import FlatNetwork, KeyValues
 from refusion.engine.shapes import LONE_TILE_ROWS, TILE_ROWS
@@ -109,9 +112,18 @@ def _least_seconds(run: Callable[[], None], device: torch.device, repeats: int) 
 
 
 def _fingerprint(network: FlatNetwork) -> str:
-    """Changes with whatever changes the costs: model shape, dtype, operations and their version, device, threads, torch."""
+    """Changes with whatever changes the costs: model shape, dtype, operations and their source, device, threads, torch."""
     device = torch.cuda.get_device_name(network.device) if network.device.type == "cuda" else f"cpu-{torch.get_num_threads()}"
-    ops = [type(network.ops).__name__, str(getattr(network.ops, "quantization", None)), __version__]
+    names = ("quantization", "is_batch_invariant")
+    ops = [type(network.ops).__name__, *(str(getattr(network.ops, name, None)) for name in names), __version__, _kernel_source()]
     shape = {**asdict(network.config), "dtype": str(network.dtype), "ops": ops}
     said = json.dumps([shape, device, torch.__version__], sort_keys=True, default=str)
     return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+@cache
+def _kernel_source() -> str:
+    """A hash of what the operations are made of."""
+    folder = Path(model_package.__file__ or "").parent
+    files = sorted(path for path in folder.glob("**/*") if path.suffix in (".py", ".json"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]

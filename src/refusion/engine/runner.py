@@ -15,6 +15,7 @@ from torch import Tensor
 
 from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.forward import Readout
+from refusion.decoding.refusion_report import group_rows
 from refusion.decoding.rounds import sampled_readout
 from refusion.engine.lanes import Captured, Lane, LaneKey, new_lane
 from refusion.engine.network import FlatNetwork, KeyValues
@@ -365,7 +366,7 @@ def most_rows(key: LaneKey, candidates: int) -> int:
     """Rows of a seat that verifies and plans a whole block, with masks behind so many accepted lengths of every slot."""
     assert key.slots is not None, "slots are cut in slot lanes"
     size, width = key.slots.slot_size, key.width
-    groups = candidates * size - candidates * (candidates + 1) // 2
+    groups = int(group_rows(np.array(size), key.slots, candidates))
     return width * (2 * size + groups) + (width - 1) * candidates
 
 

@@ -226,7 +226,7 @@ class ReFusionLM(TemplateLM):
         elif self.decoder == "refusion":
             mask_id = self.llm.model.config.mask_token_id
             assert mask_id is not None, "checked when the model was loaded"
-            slot_size = SlotParams(**self.slots).resolve(self.llm.recommended).slot_size
+            slot_size = self.llm.resolve_slots(SlotParams(**self.slots)).slot_size
             settings = BoundSettings(slot_size=slot_size, num_samples=self.num_samples, seed=self.seed)
             found = slot_bounds(self.llm.model, pairs, mask_id, settings, self._rows)
         elif self.diffusion is not None:

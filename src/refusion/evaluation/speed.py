@@ -81,7 +81,7 @@ def measure_speed(
         "batch_sizes": sizes,
         "seconds": settings.seconds,
         "sampling": asdict(settings.sampling),
-        "slots": asdict(settings.slots.resolve(llm.recommended)),
+        "slots": asdict(llm.resolve_slots(settings.slots)),
         "num_prompts": len(prompts),
     }
     return Result(name="bench", settings=described, runs=runs, device=str(llm.model.device))

@@ -295,7 +295,7 @@ def _run_settings(lm: ReFusionLM, asked: Sequence[Question], settings: SuiteSett
         slots = settings.slots
     if lm.diffusion is not None:
         return {"decoder": settings.decoder, "max_tokens": sampling.max_tokens, "diffusion": asdict(lm.diffusion)}
-    shown = slots.resolve(lm.llm.recommended) if settings.decoder == "refusion" else _given(slots)
+    shown = lm.llm.resolve_slots(slots) if settings.decoder == "refusion" else _given(slots)
     return {"decoder": settings.decoder, "max_tokens": sampling.max_tokens} | (
         {} if settings.decoder == "autoregressive" else {"slots": shown}
     )
