@@ -197,7 +197,9 @@ class Bench:
     def slots(self, arm: Arm) -> SlotSettings:
         """The common settings with the arm's; a block length belongs to its slot size."""
         cuts = {"slot_size", "block_size", "serial_blocks"}
-        kept = dict.fromkeys(cuts - {"slot_size"}) if cuts & arm.changes.keys() else {}
+        kept: dict[str, Any] = dict.fromkeys(cuts - {"slot_size"}) if cuts & arm.changes.keys() else {}
+        if arm.changes.get("correction") == "paper":
+            kept["alternatives"] = 0  # they belong to the other correction
         return replace(self.common, **(kept | arm.changes))
 
     def answers(self, arm: Arm, slots: SlotSettings, rows: Sequence[dict[str, Any]]) -> list[Answer]:

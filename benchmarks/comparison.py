@@ -384,6 +384,7 @@ def own_likelihoods(llm: LLM, contender: Contender, pairs: Sequence[Pair], batch
 
     # As the decoders read the settings: a block length left out is the one the checkpoint was trained with.
     settings = llm.new_request([0], None, None, contender.objective, **contender.options).diffusion
+    assert settings is not None, f"{contender.objective} is a diffusion decoder"
     return diffusion_bounds(llm.model, pairs, mask_id, settings, num_samples=BOUND_SAMPLES, seed=0, batch_size=batch_size)
 
 

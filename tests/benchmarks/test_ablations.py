@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +72,21 @@ def test_arms_of_another_setting_are_not_mixed_in(script: Script, options: list[
     assert "measured with other settings" in err
     code, _out, err = script("ablations", *options, "--groups", "magic")
     assert (code, "unknown group 'magic'" in err) == (1, True)
+
+
+def test_alternatives_of_the_checkpoint_are_left_out_where_the_correction_knows_none(
+    script: Script, options: list[object], tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    path = tmp_path / "recommends"
+    shutil.copytree(tiny_model_dir, path)
+    config = json.loads((path / "config.json").read_text()) | {"refusion": {"slots": {"cpu": {"slot_size": 4, "alternatives": 2}}}}
+    (path / "config.json").write_text(json.dumps(config))
+    code, _out, err = script("ablations", *options, "--model", path, "--groups", "rules", "--speed-prompts", 0)
+    assert code == 0, err
+    runs = read_result(tmp_path / "out.json")["runs"]
+    tried = {run["settings"]["label"]: run["settings"]["slots"]["alternatives"] for run in runs}
+    assert tried["argmax acceptance, autoregressive correction"] == 2
+    assert tried["argmax acceptance, paper correction"] == 0
 
 
 def test_plots_are_drawn_from_the_result_file_and_are_the_same_twice(script: Script, tmp_path: Path) -> None:
