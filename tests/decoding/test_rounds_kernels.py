@@ -141,7 +141,7 @@ RULES = [("paper", "paper", True), ("argmax", "autoregressive", True), ("paper",
 
 @pytest.mark.parametrize(
     ("width", "slot_size", "alternatives"),
-    [*((width, slot_size, 0) for width in (1, 2, 3) for slot_size in (1, 3, 4, 8)), (1, 8, 1), (1, 8, 2), (2, 4, 3), (1, 3, 2), (3, 8, 2)],
+    [*((width, slot_size, 0) for width in (1, 2, 3) for slot_size in (1, 3, 4, 8)), (1, 8, 1), (1, 8, 2), (2, 4, 3), (1, 3, 2)],
 )
 def test_refusion_kernels_do_what_the_plain_rounds_do(width: int, slot_size: int, alternatives: int) -> None:
     seed = width * 100 + slot_size
@@ -156,7 +156,7 @@ def test_refusion_kernels_do_what_the_plain_rounds_do(width: int, slot_size: int
         acceptance=acceptance,  # type: ignore[arg-type]
         correction=correction,  # type: ignore[arg-type]
         alternatives=alternatives,
-        infill_length={(1, 8, 2): 3, (3, 8, 2): 4, (2, 4, 0): 2, (1, 8, 0): 5}.get((width, slot_size, alternatives)),
+        infill_length={(1, 8, 2): 3, (2, 4, 0): 2, (1, 8, 0): 5}.get((width, slot_size, alternatives)),
         fuse_plan=fuse_plan,
     )
     num_slots, num_seats = 3 * width, 3
