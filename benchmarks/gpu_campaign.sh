@@ -23,6 +23,7 @@ synthesize() { # greedy answers to the queries of the supplied pairs, then new p
     timeout -s INT "${SECONDS_NEW:-100}" python3 -m refusion synthesize --output "$WORK/new" --num-pairs 1000000 --seed 11 \
         --exclude "$WORK/data/heldout.jsonl.gz" --exclude "$WORK/data/queries.jsonl" --device "${DEVICE:-cuda}" --batch-size "${BATCH:-4096}" \
         2> >(tee "$OUT/synthesize-new.log" >&2) || true
+    mkdir -p "$WORK/new"  # missing where the time was too short for a pair
     find "$WORK/greedy" "$WORK/new" -name "part-*.jsonl" -exec cat {} + | gzip > "$WORK/data/greedy.jsonl.gz"
     python3 benchmarks/without_queries.py "$WORK/data/queries.jsonl" "$WORK/data/greedy.jsonl.gz" | gzip > "$WORK/data/warm.jsonl.gz"
     ls -l "$WORK/data"; cp "$WORK/data/greedy.jsonl.gz" "$OUT/"
