@@ -73,17 +73,13 @@ def variants(kind: str) -> list[Variant]:
         Variant("default"),
         Variant("rotation apart", joined_rows=0),
         Variant("rotation joined", joined_rows=512),
+        *(Variant(f"{splits} splits", changes={"splits": splits}) for splits in (2, 4, 8, 16)),
         *(Variant(f"tiles of {rows}", tile_rows=rows) for rows in (4, 8, 32)),
+        *(Variant(f"tiles of {rows}, 8 splits", tile_rows=rows, changes={"splits": 8}) for rows in (4, 8)),
         *(Variant(f"{columns} columns", changes={"columns": columns}) for columns in (32, 64, 128)),
-        *(Variant(f"{splits} splits", changes={"splits": splits}) for splits in (1, 2, 4)),
-        *(Variant(f"{warps} warps", changes={"num_warps": warps}) for warps in (4, 8)),
-        *(Variant(f"{columns} new columns", changes={"new_columns": columns}) for columns in (16, 32, 64)),
-        *(Variant(f"{stages} stages", changes={"num_stages": stages}) for stages in (1, 3)),
-        Variant("part by part", changes={"merge_parts": 1}),
-        Variant("late", changes={"is_late": True}),
-        Variant("tiles of 8, 64 columns", tile_rows=8, changes={"columns": 64}),
-        Variant("tiles of 8, 4 splits", tile_rows=8, changes={"splits": 4}),
-        Variant("tiles of 8, rotation apart", tile_rows=8, joined_rows=0),
+        Variant("4 warps", changes={"num_warps": 4}),
+        Variant("3 stages", changes={"num_stages": 3}),
+        Variant("8 splits, 4 warps", changes={"splits": 8, "num_warps": 4}),
         Variant("as before", joined_rows=0, changes={"columns": 128, "new_columns": 64, "num_warps": 4}),
     ]
 
@@ -112,7 +108,7 @@ def compile_all(kind: str, cases: dict[str, Any], quantization: str | None, num_
         for name, case in cases.items()
         for width in case.widths
         for variant in variants(kind)
-        if variant.label not in ("large-off", "1 splits", "2 splits", "4 splits")  # which mix kernels of the others
+        if variant.label not in ("large-off", *(f"{splits} splits" for splits in (2, 4, 8, 16)))  # which mix kernels of the others
     ]
     started = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(min(len(jobs), num_workers or os.cpu_count() or 1)) as workers:
