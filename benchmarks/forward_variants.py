@@ -71,23 +71,33 @@ def variants(kind: str) -> list[Variant]:
         ]
     return [
         Variant("default"),
-        Variant("rotation apart", joined_rows=0),
-        Variant("rotation joined", joined_rows=512),
-        *(Variant(f"{splits} splits", changes={"splits": splits}) for splits in (2, 4, 8, 16)),
-        *(Variant(f"tiles of {rows}", tile_rows=rows) for rows in (4, 8, 32)),
-        *(Variant(f"tiles of {rows}, 8 splits", tile_rows=rows, changes={"splits": 8}) for rows in (4, 8)),
-        *(Variant(f"{columns} columns", changes={"columns": columns}) for columns in (32, 64, 128)),
-        Variant("4 warps", changes={"num_warps": 4}),
-        Variant("3 stages", changes={"num_stages": 3}),
-        Variant("8 splits, 4 warps", changes={"splits": 8, "num_warps": 4}),
-        Variant("as before", joined_rows=0, changes={"columns": 128, "new_columns": 64, "num_warps": 4}),
+        *(
+            Variant(f"tiles of {rows}, {columns} columns, {warps} warps, {stages} stages", tile_rows=rows, changes=changes)
+            for rows in (4, 8, 16, 32)
+            for columns, warps, stages in ((128, 8, 2), (128, 4, 2), (128, 8, 3), (64, 4, 3))
+            for changes in [{"columns": columns, "num_warps": warps, "num_stages": stages}]
+        ),
+        *(
+            Variant(f"tiles of {rows}, rotation apart, 4 warps", joined_rows=0, tile_rows=rows, changes={"columns": 128, "num_warps": 4})
+            for rows in (4, 8, 16)
+        ),
+        *(
+            Variant(
+                f"tiles of {rows}, {new} new columns, 4 warps", tile_rows=rows, changes={"columns": 128, "new_columns": new, "num_warps": 4}
+            )
+            for rows, new in ((4, 32), (4, 64), (8, 16), (8, 64), (16, 64), (32, 64))
+        ),
+        *(
+            Variant(f"tiles of {rows}, at most {splits} splits", tile_rows=rows, changes={"splits": splits, "columns": 128, "num_warps": 4})
+            for rows, splits in ((4, 4), (8, 6), (16, 6))
+        ),
     ]
 
 
 def compare(kind: str, bench: Any, widths: Sequence[int], milliseconds: Callable[[int], list[float]]) -> dict[str, dict[int, float]]:
     """Median milliseconds by variant and width, printed as a table on the way."""
     table: dict[str, dict[int, float]] = {}
-    print(f"{'':32}" + "".join(f"{f'T={width}':>9}" for width in widths), flush=True)
+    print(f"{'':48}" + "".join(f"{f'T={width}':>9}" for width in widths), flush=True)
     for variant in variants(kind):
         figures = table[variant.label] = {}
         for width in widths:
@@ -97,7 +107,7 @@ def compare(kind: str, bench: Any, widths: Sequence[int], milliseconds: Callable
             except Exception as error:  # out of resources and the like: this figure is lost, the others are not
                 print(f"{variant.label}, T = {width}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
         cells = (f"{figures[width]:9.3f}" if width in figures else f"{'-':>9}" for width in widths)
-        print(f"{variant.label:32}" + "".join(cells), flush=True)
+        print(f"{variant.label:48}" + "".join(cells), flush=True)
     return table
 
 
@@ -108,7 +118,7 @@ def compile_all(kind: str, cases: dict[str, Any], quantization: str | None, num_
         for name, case in cases.items()
         for width in case.widths
         for variant in variants(kind)
-        if variant.label not in ("large-off", *(f"{splits} splits" for splits in (2, 4, 8, 16)))  # which mix kernels of the others
+        if variant.label != "large-off"  # which mixes kernels of the others
     ]
     started = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(min(len(jobs), num_workers or os.cpu_count() or 1)) as workers:
