@@ -34,7 +34,7 @@ def make_engine(network: FlatNetwork, *, costs: CostTable = COSTS, runs_ahead: b
     """An engine for tests; settings are those of `EngineSettings`. runs_ahead: launch before the last report is read, as on a GPU."""
     defaults = {"max_num_seqs": 4, "page_size": 4}
     engine = build_engine(network, EngineSettings(**(defaults | settings)), banned_ids=torch.tensor([MASK]), costs=lambda: costs)
-    engine.runner.runs_ahead = runs_ahead
+    engine.runner.runs_ahead = engine.scheduler.candidates.runs_ahead = runs_ahead
     return engine
 
 

@@ -42,16 +42,16 @@ def experience_of(candidates: Candidates) -> Experience:
 def test_free_rows_are_all_used_and_dear_ones_are_not() -> None:
     experience = Experience(LONG, 1)
     assert experience.ladder == (15, 8, 4, 2, 1, 0)
-    assert Candidates(lambda: FLAT, 4096).choose(experience, 1) == 15
-    assert Candidates(lambda: STEEP, 4096).choose(experience, 1) == 1
-    by_seats = [Candidates(lambda: H100, 4096).choose(experience, seats) for seats in (1, 8, 32)]
+    assert Candidates(lambda: FLAT, 4096).choose(experience, 1).candidates == 15
+    assert Candidates(lambda: STEEP, 4096).choose(experience, 1).candidates == 1
+    by_seats = [Candidates(lambda: H100, 4096).choose(experience, seats).candidates for seats in (1, 8, 32)]
     assert by_seats == sorted(by_seats, reverse=True)
     assert by_seats[0] > by_seats[-1] >= 1
 
 
 def test_lengths_that_a_forward_cannot_hold_are_not_prepared() -> None:
     experience = Experience(LONG, 1)
-    fits = [Candidates(lambda: FLAT, 4096).choose(experience, seats) for seats in (16, 32, 64, 128)]
+    fits = [Candidates(lambda: FLAT, 4096).choose(experience, seats).candidates for seats in (16, 32, 64, 128)]
     assert fits[0] == 15
     assert fits == sorted(fits, reverse=True)
     assert all(
@@ -62,31 +62,44 @@ def test_lengths_that_a_forward_cannot_hold_are_not_prepared() -> None:
 
 def test_a_number_given_in_the_settings_is_the_number_used() -> None:
     experience = Experience(SlotSettings(slot_size=16, block_size=16, max_candidates=3), 1)
-    assert Candidates(lambda: STEEP, 4096).choose(experience, 1) == 3
+    assert Candidates(lambda: STEEP, 4096).choose(experience, 1).candidates == 3
     none = Experience(SlotSettings(slot_size=16, block_size=16, max_candidates=0), 1)
-    assert Candidates(lambda: FLAT, 4096).choose(none, 4) == 0
+    assert Candidates(lambda: FLAT, 4096).choose(none, 4).candidates == 0
 
 
 def test_without_costs_the_settings_decide_and_nothing_is_measured() -> None:
-    assert Candidates(None, 4096).choose(Experience(LONG, 1), 4) == 15
+    assert Candidates(None, 4096).choose(Experience(LONG, 1), 4).candidates == 15
+
+
+def test_rows_for_the_worst_case_are_taken_where_they_cost_less_than_waiting_for_the_report() -> None:
+    experience = Experience(LONG, 1)
+    assert Candidates(lambda: FLAT, 4096, runs_ahead=True).choose(experience, 1) == (15, True)
+    assert not Candidates(lambda: FLAT, 4096).choose(experience, 1).repeats
+    assert not Candidates(lambda: STEEP, 4096, runs_ahead=True).choose(experience, 1).repeats
+    crowded = Candidates(lambda: FLAT, 100, runs_ahead=True).choose(experience, 2)  # the most rows of two seats do not fit
+    assert not crowded.repeats
+    assert crowded.candidates > 0
+    assert Candidates(lambda: H100, 4096, runs_ahead=True).choose(experience, 1).repeats
+    one, other = (Candidates(lambda: H100, 4096, runs_ahead=ahead) for ahead in (True, False))
+    assert (one.seconds_of_turn(H100, experience, 1) <= other.seconds_of_turn(H100, experience, 1)).all()
 
 
 def test_seats_of_a_bucket_share_a_number() -> None:
     candidates, experience = Candidates(lambda: H100, 4096), Experience(LONG, 1)
-    assert len({candidates.choose(experience, seats) for seats in range(17, 33)}) == 1
+    assert len({candidates.choose(experience, seats).candidates for seats in range(17, 33)}) == 1
 
 
 def test_a_number_in_use_stays_until_experience_speaks_clearly_against_it() -> None:
     candidates, experience = Candidates(lambda: H100, 4096), Experience(LONG, 1)
-    first = candidates.choose(experience, 4)
+    first = candidates.choose(experience, 4).candidates
     assert first > 1
     experience.advanced = np.eye(17)[0]  # every slot is completed at once
-    assert candidates.choose(experience, 4) == first  # not yet asked again
+    assert candidates.choose(experience, 4).candidates == first  # not yet asked again
     experience.version += 1
-    assert candidates.choose(experience, 4) == 1
+    assert candidates.choose(experience, 4).candidates == 1
     experience.advanced = Experience(LONG, 1).advanced
     experience.version += 1
-    assert candidates.choose(experience, 4) == first
+    assert candidates.choose(experience, 4).candidates == first
 
 
 # ---- what is expected and learned ----

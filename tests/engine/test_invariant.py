@@ -10,11 +10,11 @@ import pytest
 from engines import Plain, is_idle, new_request, run
 
 from refusion.decoding.params import SlotSettings
-from refusion.decoding.refusion_report import rows_needed
+from refusion.decoding.refusion_report import most_rows, rows_needed
 from refusion.decoding.state import INFILL, PLAN, REMASK, VERIFY
 from refusion.engine.core import Engine
 from refusion.engine.requests import Answer, lane_key
-from refusion.engine.runner import Pending, most_rows
+from refusion.engine.runner import Pending
 from refusion.errors import ConfigError, RequestError
 
 PROMPTS = [[7 + index % 50] * length for index, length in enumerate((3, 1, 20, 9, 14, 8, 30, 2))]
@@ -96,12 +96,11 @@ def test_what_goes_by_the_load_is_refused(new_engine: NewEngine) -> None:
 
 @pytest.mark.parametrize("slots", [LONG, SlotSettings(slot_size=4), SlotSettings(slot_size=8, block_size=16, alternatives=1)], ids=str)
 def test_the_rows_of_a_whole_block_are_the_most_a_seat_takes(slots: SlotSettings) -> None:
-    key = lane_key(new_request([7], [], slots=slots), "refusion")
-    width, candidates = key.width, slots.candidates()
+    width, candidates = lane_key(new_request([7], [], slots=slots), "refusion").width, slots.candidates()
     agendas = [
         [phase, 0, 0, *[verified] * width, *[planned] * width]
         for phase in (PLAN, VERIFY, INFILL, REMASK)
         for verified in range(-1, slots.slot_size)
         for planned in (0, 1)
     ]
-    assert rows_needed(np.array(agendas), slots, candidates).max() == most_rows(key, candidates)
+    assert rows_needed(np.array(agendas), slots, candidates).max() == most_rows(slots, width, candidates)

@@ -144,12 +144,12 @@ def test_nobody_warms_up_an_engine_with_requests(new_engine: NewEngine) -> None:
         engine.warm_up(new_request([7], []), num_requests=1, prompt_tokens=1)
 
 
-def test_forwards_are_launched_ahead_only_while_nothing_changes(new_engine: NewEngine, plain: Plain) -> None:
+@pytest.mark.parametrize("decoder", ["autoregressive", "refusion"])
+def test_forwards_are_launched_ahead_only_while_nothing_changes(new_engine: NewEngine, plain: Plain, decoder: str) -> None:
     engine = new_engine(runs_ahead=True)
     answers: list[Answer] = []
     requests = [
-        new_request([7, 8, index], answers, index=index, decoder="autoregressive", eos_ids=(999,), max_tokens=20 + index)
-        for index in range(3)
+        new_request([7, 8, index], answers, index=index, decoder=decoder, eos_ids=(999,), max_tokens=60 + index) for index in range(3)
     ]
     for request in requests:
         engine.add(request)
@@ -164,7 +164,7 @@ def test_forwards_are_launched_ahead_only_while_nothing_changes(new_engine: NewE
     for _ in range(8):
         engine.step()
     assert ahead >= 6
-    late = new_request([9], answers, index=3, decoder="autoregressive", max_tokens=4)
+    late = new_request([9], answers, index=3, decoder=decoder, max_tokens=4)
     engine.add(late)
     before = ahead
     engine.step()

@@ -117,7 +117,7 @@ def test_a_rush_of_requests_is_served_from_too_few_pages(machine: type[Schedules
     draw, schedules = random.Random(seed), machine()
     schedules.start(limits=LIMITS[seed])
     before = dict(seen)
-    for _ in range(12):
+    for _ in range(16):
         for _ in range(draw.randint(0, 7)):
             end = [draw.randint(30, 33) for _ in range(draw.randint(1, 3))]
             schedules.ask(draw.choice(BEGINNINGS), end, draw.choice(KINDS), draw.choice((1, 7, 16, 23)), draw.randint(0, 2))

@@ -86,6 +86,12 @@ def rows_needed(agenda: np.ndarray, slots: SlotSettings, num_candidates: int) ->
     return rows
 
 
+def most_rows(slots: SlotSettings, width: int, num_candidates: int) -> int:
+    """Rows of any forward of a seat at most: one that verifies and plans a whole block of `width` slots."""
+    groups = int(group_rows(np.array(slots.slot_size), slots, num_candidates))
+    return width * (2 * slots.slot_size + groups) + (width - 1) * num_candidates
+
+
 def group_rows(left: np.ndarray, slots: SlotSettings, num_candidates: int) -> np.ndarray:
     """Rows of the groups of a slot with `left` tokens to go, those of alternatives included; element by element."""
     candidates = np.minimum(num_candidates, left)

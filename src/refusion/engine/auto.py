@@ -7,7 +7,7 @@ rows slot decoding takes is what the checkpoint says until this engine has seen 
 
 from collections.abc import Callable
 
-from refusion.engine.candidates import Candidates, seconds_of_turn
+from refusion.engine.candidates import Candidates
 from refusion.engine.costs import CostTable
 from refusion.engine.requests import NewRequest, lane_key
 from refusion.engine.shapes import seat_bucket
@@ -39,6 +39,6 @@ class Auto:
         assert key.slots is not None, "a choice needs slot settings"
         experience = self._candidates.experience(key.slots, key.width)
         together = max(min(load, self._most_rows // (2 * key.width * key.slots.slot_size)), 1)  # as many seats as such a lane has
-        place = experience.ladder.index(self._candidates.choose(experience, together))
-        by_slots = together * experience.tokens / float(seconds_of_turn(costs, experience, together)[place])
+        place = experience.ladder.index(self._candidates.choose(experience, together).candidates)
+        by_slots = together * experience.tokens / float(self._candidates.seconds_of_turn(costs, experience, together)[place])
         return by_slots, load / float(costs.cost(seat_bucket(load)))

@@ -65,7 +65,9 @@ def build_engine(
     # On a CPU the checkpoint says how many lengths pay there; measuring takes seconds, and only `auto` waits for that.
     chooses_by_cost = (device.type == "cuda" or costs is not None) and not settings.batch_invariant
     rows_limit = sys.maxsize if settings.batch_invariant else most_rows  # then the scheduler limits seats, not lengths
-    candidates = Candidates(measure if chooses_by_cost else None, rows_limit, tokens_per_forward=tokens_per_forward)
+    candidates = Candidates(
+        measure if chooses_by_cost else None, rows_limit, runs_ahead=runner.runs_ahead, tokens_per_forward=tokens_per_forward
+    )
     return Engine(
         runner,
         Limits(num_seats, prompt_rows, most_rows),

@@ -4,30 +4,52 @@ One number for a lane and a number of seats, so that on a GPU few graphs are nee
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from refusion.decoding.params import SlotSettings
+from refusion.decoding.refusion_report import most_rows
 from refusion.engine.costs import CostTable
 from refusion.engine.experience import Experience
 from refusion.engine.shapes import seat_bucket
 
 PADDING = 1.15
 """Rows of a forward of several seats over those that are needed: shapes are few."""
-HOST_SECONDS = 1e-4
-"""Between the report of a forward and the launch of the next; a forward whose rows do not depend on the report does not wait for it."""
+HOST_SECONDS = 2.5e-4
+"""Between the report of a forward and the launch of the next, which a forward that is launched ahead does not wait for."""
 GAIN = 1.05
 """Another number than the one in use must make decoding so much faster."""
+
+
+class Choice(NamedTuple):
+    """How forwards of a lane are made."""
+
+    candidates: int
+    """Lengths they prepare for."""
+    repeats: bool
+    """Whether every forward should have rows for the largest there can be, so that the next can be launched before its report is there."""
 
 
 class Candidates:
     """Chooses by the cost table of the machine and by experience."""
 
-    def __init__(self, measure: Callable[[], CostTable] | None, most_rows: int, *, tokens_per_forward: float | None = None) -> None:
-        """measure: called at the first choice; None: always as many lengths as the slot settings allow. most_rows: of a forward."""
+    def __init__(
+        self,
+        measure: Callable[[], CostTable] | None,
+        most_rows: int,
+        *,
+        runs_ahead: bool = False,
+        tokens_per_forward: float | None = None,
+    ) -> None:
+        """measure: called at the first choice; None: always as many lengths as the slot settings allow. most_rows: of a forward.
+
+        runs_ahead: whether forwards can be launched ahead at all.
+        """
         self._measure, self._most_rows, self._tokens_per_forward = measure, most_rows, tokens_per_forward
+        self.runs_ahead = runs_ahead
         self._experience: dict[tuple[SlotSettings, int], Experience] = {}
-        self._chosen: dict[tuple[int, int], tuple[int, int]] = {}  # (id of the experience, seats) -> (its version, candidates)
+        self._chosen: dict[tuple[int, int], tuple[int, Choice]] = {}  # (id of the experience, seats) -> (its version, the choice)
 
     def experience(self, slots: SlotSettings, width: int) -> Experience:
         """What was seen with these settings, in all lanes."""
@@ -36,29 +58,45 @@ class Candidates:
             self._experience[key] = Experience(slots, width, self._tokens_per_forward)
         return self._experience[key]
 
-    def choose(self, experience: Experience, num_seats: int) -> int:
-        """The number of lengths for forwards of up to `num_seats` seats."""
+    def choose(self, experience: Experience, num_seats: int) -> Choice:
+        """What forwards of up to `num_seats` seats are to be like."""
         bucket = seat_bucket(num_seats)
-        version, candidates = self._chosen.get((id(experience), bucket), (-1, -1))
-        if version != experience.version:
-            candidates = self._reconsider(experience, bucket, candidates)
-            self._chosen[id(experience), bucket] = experience.version, candidates
-        return candidates
+        version, choice = self._chosen.get((id(experience), bucket), (-1, None))
+        if choice is None or version != experience.version:
+            choice = self._reconsider(experience, bucket, choice)
+            self._chosen[id(experience), bucket] = experience.version, choice
+        return choice
 
-    def _reconsider(self, experience: Experience, num_seats: int, now: int) -> int:
-        """`now` unless another number is clearly better; -1: there is none yet."""
+    def seconds_of_turn(self, costs: CostTable, experience: Experience, num_seats: int) -> np.ndarray:
+        """[C] seconds of a forward with the remask forwards that come with it, by number of lengths."""
+        waiting, ahead = self._seconds(costs, experience, num_seats)
+        return np.minimum(waiting, ahead)
+
+    def _reconsider(self, experience: Experience, num_seats: int, now: Choice | None) -> Choice:
+        """`now` unless another choice is clearly better; None: there is none yet."""
         ladder, num_choices = experience.ladder, max(len(experience.ladder) - 1, 1)  # 0 only where nothing else fits
         fits = padded_rows(experience, num_seats)[:num_choices] <= self._most_rows
         if not fits.any():
-            return ladder[-1]
-        if self._measure is None or num_choices == 1:
-            return ladder[int(fits.argmax())]
-        seconds = seconds_of_turn(self._measure(), experience, num_seats)[:num_choices]
+            return Choice(ladder[-1], False)
+        if self._measure is None:
+            return Choice(ladder[int(fits.argmax())], self.runs_ahead)
+        seconds = np.stack(self._seconds(self._measure(), experience, num_seats))[:, :num_choices]  # [2, C]
         seconds = np.where(fits, seconds, np.inf)
-        best = int(seconds.argmin())
-        if now in ladder[:num_choices] and seconds[ladder.index(now)] <= GAIN * seconds[best]:
-            return now
-        return ladder[best]
+        best = np.unravel_index(int(seconds.argmin()), seconds.shape)
+        if now is not None and now.candidates in ladder[:num_choices]:
+            place = int(now.repeats), ladder.index(now.candidates)
+            if seconds[place] <= GAIN * seconds[best]:
+                return now
+        return Choice(ladder[int(best[1])], bool(best[0]))
+
+    def _seconds(self, costs: CostTable, experience: Experience, num_seats: int) -> tuple[np.ndarray, np.ndarray]:
+        """[C] seconds of `seconds_of_turn` where each forward waits for the report before it, and where it is launched ahead."""
+        waiting = _seconds_waiting(costs, experience, num_seats)
+        if not self.runs_ahead:
+            return waiting, np.full_like(waiting, np.inf)
+        most = [num_seats * most_rows(experience.slots, experience.width, candidates) for candidates in experience.ladder]
+        ahead = np.maximum(costs.cost(np.array(most)), HOST_SECONDS) * (1.0 + experience.uncovered)
+        return waiting, np.where(np.array(most) <= self._most_rows, ahead, np.inf)
 
 
 def padded_rows(experience: Experience, num_seats: int) -> np.ndarray:
@@ -66,8 +104,7 @@ def padded_rows(experience: Experience, num_seats: int) -> np.ndarray:
     return experience.rows_per_forward * num_seats * (PADDING if num_seats > 1 else 1.0)
 
 
-def seconds_of_turn(costs: CostTable, experience: Experience, num_seats: int) -> np.ndarray:
-    """[C] seconds of a forward with the remask forwards that come with it, by number of lengths."""
+def _seconds_waiting(costs: CostTable, experience: Experience, num_seats: int) -> np.ndarray:
     if num_seats == 1:  # forwards of both kinds, instead of forwards in which some seats do the one and some the other
         by_kind = np.asarray(costs.cost(experience.rows)) + HOST_SECONDS, float(costs.cost(experience.remask_rows)) + HOST_SECONDS
         return by_kind[0] + experience.uncovered * by_kind[1]

@@ -1,13 +1,13 @@
 """The engine: takes requests, runs forwards, hands out events and answers.
 
 A forward is under way at any time. Its report is waited for and glanced at, what follows is decided and launched, and only then is booked
-and told what happened: the host's slower work falls into the time in which the device computes. Where the report cannot change what comes
-next, the next forward is launched before it is there.
+and told what happened: the host's slower work falls into the time in which the device computes. Where its rows suffice whatever the
+report says, the next forward is launched before the report is there.
 """
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -129,9 +129,14 @@ class Engine:
         """Launch the next forward behind the one under way, if it is known already."""
         if not self.runner.runs_ahead or not self.scheduler.can_repeat(forward):
             return None
-        seats = forward.seats
-        pending = self.runner.launch_again(seats.lane, num_seats=forward.num_seats, num_rows=forward.num_rows)
-        return None if pending is None else (Forward(seats, forward.num_seats, forward.num_rows, 0, None, []), pending)
+        again = replace(forward, prompt=None, pieces=[])
+        pending = self.runner.launch_again(
+            again.seats.lane, num_seats=again.num_seats, num_rows=again.num_rows, candidates=again.candidates
+        )
+        if pending is None:
+            return None
+        self.scheduler.launched_again(again)
+        return again, pending
 
     def _glance(self, forward: Forward, report: np.ndarray) -> None:
         """Take from a report what the next forward depends on."""

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.forward import Readout
-from refusion.decoding.refusion_report import group_rows
 from refusion.decoding.rounds import sampled_readout
 from refusion.engine.lanes import Captured, Lane, LaneKey, new_lane
 from refusion.engine.network import FlatNetwork, KeyValues
@@ -158,12 +157,12 @@ class Runner:
             self.synchronize()
             raise RequestError(OUT_OF_MEMORY) from error
 
-    def launch_again(self, lane: Lane, *, num_seats: int, num_rows: int) -> Pending | None:
-        """One forward more behind the one under way, of the same rows without a prompt; None if its shape is not ready yet.
+    def launch_again(self, lane: Lane, *, num_seats: int, num_rows: int, candidates: int) -> Pending | None:
+        """One forward more behind the one under way, with room for as many decode rows, without a prompt; None if its shape is not ready.
 
-        For lanes whose rows do not depend on the report.
+        Whatever the report says, `num_rows` must suffice.
         """
-        shape = self._shape(lane, num_seats, num_rows, 0, 0)
+        shape = self._shape(lane, num_seats, num_rows, 0, candidates)
         captured = lane.captured.get(shape)
         if self.is_cuda and (captured is None or captured.graph is None):
             return None
@@ -360,14 +359,6 @@ def fewest_rows(key: LaneKey, num_seats: int) -> int:
     """Decode rows of a forward with prompt rows, at least: fewer would only make more shapes."""
     assert key.slots is not None, "other lanes have a row for every seat"
     return max(num_seats // 4, 1) * key.slots.slot_size
-
-
-def most_rows(key: LaneKey, candidates: int) -> int:
-    """Rows of a seat that verifies and plans a whole block, with masks behind so many accepted lengths of every slot."""
-    assert key.slots is not None, "slots are cut in slot lanes"
-    size, width = key.slots.slot_size, key.width
-    groups = int(group_rows(np.array(size), key.slots, candidates))
-    return width * (2 * size + groups) + (width - 1) * candidates
 
 
 def _parts(staging: Array, shape: Shape) -> tuple[Array, Array, Array]:

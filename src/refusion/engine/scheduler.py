@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refusion.decoding.refusion_report import most_rows
 from refusion.engine.auto import ChooseDecoder
 from refusion.engine.candidates import Candidates
 from refusion.engine.lanes import LaneKey
 from refusion.engine.pages import PagePool
 from refusion.engine.prefix import PrefixCache
 from refusion.engine.requests import NewRequest, Request, State, cache_room, diffusion_rows, first_room, lane_key
-from refusion.engine.runner import PromptRows, Runner, most_rows
+from refusion.engine.runner import PromptRows, Runner
 from refusion.engine.seats import Seats
 from refusion.engine.shapes import seat_bucket
 from refusion.engine.warm_up import Expected
@@ -31,7 +32,7 @@ from refusion.errors import RequestError
 MOST_LANES = 8
 """Lanes kept ready though nobody is in them."""
 PAGES_AHEAD = 4
-"""While more than half of the pages are free, a request gets so many more than it needs next."""
+"""So many more than it needs next a request gets, as long as half of the pages stay free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +159,17 @@ class Scheduler:
         self.lanes.move_to_end(forward.seats.key)
 
     def can_repeat(self, forward: Forward) -> bool:
-        """Whatever the forward under way brings, the same rows come next: nobody arrives, leaves, or needs pages."""
+        """Whatever the forward under way brings, one of its shape can follow: nobody arrives, leaves, or needs pages, and rows suffice."""
         seats = forward.seats
-        return self.num_open == len(seats) and not self._leaving and not self.undecided and seats.can_repeat()
+        return self._is_alone(seats) and not self._leaving and seats.can_repeat(forward.num_rows, forward.candidates)
+
+    def launched_again(self, forward: Forward) -> None:
+        """One more forward like the one under way is behind it."""
+        forward.seats.launched()
+
+    def _is_alone(self, seats: Seats) -> bool:
+        """Everybody there is sits in this lane."""
+        return self.num_open == len(seats) and not self.undecided
 
     def failed(self, forward: Forward) -> bool:
         """Memory did not suffice for the forward, which changed nothing: make the next one smaller. False if it cannot be."""
@@ -240,7 +249,7 @@ class Scheduler:
         """Most rows of a seat that cannot do with fewer candidate lengths."""
         if key.slots is None:
             return 1
-        return most_rows(key, key.slots.candidates() if self.batch_invariant else 0)
+        return most_rows(key.slots, key.width, key.slots.candidates() if self.batch_invariant else 0)
 
     def _decide(self) -> bool:
         """The first undecided request goes where it would be decoded fastest, once a seat there is free. False if nobody went."""
@@ -280,10 +289,14 @@ class Scheduler:
             return True  # somebody who moved
         if not self.prefix.make_room(missing):
             return False
-        if self.pool.num_free > self.pool.num_pages // 2:
-            missing = min(missing + PAGES_AHEAD, _pages_of(int(seats.most_cached[request.seat]), page_size) - len(request.pages))
+        missing = self._with_some_ahead(missing, _pages_of(int(seats.most_cached[request.seat]), page_size) - len(request.pages))
         seats.add_pages(request, self.pool.allocate(missing, after=request.pages[-1] if request.pages else -1), page_size)
         return True
+
+    def _with_some_ahead(self, missing: int, most: int) -> int:
+        """Pages to allocate where so many are missing and `most` could ever be used."""
+        spare = self.pool.num_free - self.pool.num_pages // 2
+        return max(missing, min(missing + PAGES_AHEAD, most, spare))
 
     def _put_aside(self, seats: Seats, request: Request) -> None:
         """Preempt: a decoding request is saved, one that still waits for its prompt begins anew."""
@@ -341,6 +354,7 @@ class Scheduler:
         if request.saved is None:
             self.num_shared_tokens += len(shared) * page_size
             request.num_prefilled, request.chain, request.num_known_pages = len(shared) * page_size, chain, len(shared)
+        missing = self._with_some_ahead(missing, _pages_of(cache_room(request.new, seats.key), page_size) - len(shared))
         pages = shared + self.pool.allocate(missing, after=shared[-1] if shared else -1)
         seats.seat_next(self.runner, pages)
         return True
@@ -375,7 +389,11 @@ class Scheduler:
         """For how many accepted lengths drafts are prepared, and the decode rows; fewer lengths if they do not fit."""
         if seats.experience is None:
             return 0, seats.num_rows(0)
-        chosen = self.candidates.choose(seats.experience, len(seats))
+        chosen, repeats = self.candidates.choose(seats.experience, len(seats))
+        if repeats and self._is_alone(seats) and not seats.num_prefilling:
+            most = seats.most_rows(chosen)  # the forward after this one need not wait for its report then
+            if most <= self.limits.decode_rows:
+                return chosen, most
         num_rows = seats.num_rows(chosen)
         if num_rows <= self.limits.decode_rows:
             return chosen, num_rows

@@ -14,6 +14,7 @@ import numpy as np
 
 from refusion.decoding.diffusion_params import MaskedDiffusionParams
 from refusion.decoding.diffusion_rounds import CACHED, NEXT_ROWS, DiffusionRounds
+from refusion.decoding.refusion_report import most_rows
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import IS_DONE
 from refusion.decoding.state import DONE
@@ -197,26 +198,29 @@ class Seats:
         held = max(int(self.cached[seat]), int(self.first_room[seat]))
         return min(held + self.most_committed, int(self.most_cached[seat]))
 
-    def can_repeat(self) -> bool:
-        """The forward after the one under way is the same for everybody who is not done by then, and somebody is not."""
+    def most_rows(self, candidates: int) -> int:
+        """Decode rows of any forward of those who sit here, in a slot lane."""
+        assert self.key.slots is not None, "slots are cut in slot lanes"
+        return len(self.requests) * most_rows(self.key.slots, self.key.width, candidates)
+
+    def can_repeat(self, num_rows: int, candidates: int) -> bool:
+        """So many rows hold the forward after the one under way, for everybody who is not done by then, and somebody may not be."""
         count = len(self.requests)
-        if isinstance(self.key.diffusion, MaskedDiffusionParams):
-            return self._can_repeat_masked(count)
-        return (
-            self.key.decoder == "autoregressive"
-            and bool(self.is_decoding[:count].all())
-            and not self._is_short(2).any()  # one token by the forward under way, one by the next
-            and bool((self.most_cached[:count] > self.cached[:count] + 1).any())
-        )
+        if not self.is_decoding[:count].all():
+            return False
+        if self.key.diffusion is not None:
+            return isinstance(self.key.diffusion, MaskedDiffusionParams) and self._can_repeat_masked(count)
+        if self._is_short(2 * self.most_committed).any():  # by the forward under way, and by the next
+            return False
+        if self.key.slots is not None:
+            return num_rows >= self.most_rows(candidates)
+        return bool((self.most_cached[:count] > self.cached[:count] + 1).any())
 
     def _can_repeat_masked(self, count: int) -> bool:
         """Without a cache, a forward of masked diffusion runs prompt and answer whatever the one before it brought."""
         rounds = self.lane.rounds
         return (
-            isinstance(rounds, DiffusionRounds)
-            and not rounds.has_cache
-            and bool(self.is_decoding[:count].all())
-            and bool((self.num_missing[:count] > rounds.most_committed).any())
+            isinstance(rounds, DiffusionRounds) and not rounds.has_cache and bool((self.num_missing[:count] > rounds.most_committed).any())
         )
 
     def _is_short(self, num_tokens: int) -> np.ndarray:
