@@ -63,6 +63,29 @@ def test_accumulated_micro_batches_equal_one_big_batch(
         torch.testing.assert_close(split[name], value, atol=2e-5, rtol=1e-4)
 
 
+def test_a_teacher_of_another_name_teaches_in_place_of_the_base(tmp_path: Path, small_recipe: Build, final_weights: Weights) -> None:
+    base = load_base(small_recipe().model).model
+    base.save_pretrained(tmp_path / "itself")
+    with torch.no_grad():
+        base.model.layers[0].mlp.down_proj.weight.mul_(2.0)
+    base.save_pretrained(tmp_path / "other")
+    for name, teacher in {"none": "", "itself": str(tmp_path / "itself"), "other": str(tmp_path / "other")}.items():
+        _train(small_recipe(objective={"distill": 0.5, "teacher": teacher}), tmp_path / "runs" / name)
+    none, itself, other = (final_weights(tmp_path / "runs" / name) for name in ("none", "itself", "other"))
+    assert all(torch.equal(none[name], itself[name]) for name in none)
+    assert not all(torch.equal(none[name], other[name]) for name in none)
+
+
+def test_a_teacher_with_other_tokens_is_refused(tmp_path: Path, small_recipe: Build) -> None:
+    small = LlamaForCausalLM(toy_config())
+    small.resize_token_embeddings(32)
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(ConfigError, match="has 32 tokens, the base 64; it must share them all"):
+        _train(small_recipe(objective={"distill": 0.5, "teacher": str(tmp_path / "small")}), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"objective.teacher = 'x' must be left out where objective.distill is 0"):
+        small_recipe(objective={"teacher": "x"})
+
+
 def test_gradient_checkpointing_changes_no_weight(tmp_path: Path, small_recipe: Build, final_weights: Weights) -> None:
     for again in (False, True):
         _train(small_recipe(model={"gradient_checkpointing": again}, objective={"distill": 0.5}), tmp_path / str(again))

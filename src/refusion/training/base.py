@@ -51,8 +51,7 @@ def load_base(settings: ModelSettings, *, in_4_bit: bool = False) -> BaseModel:
             torch.manual_seed(0)
             return BaseModel(model=LlamaForCausalLM(toy_config()), path=None, tokenizer=None, mask_token_id=TOY_MASK_ID)
     path = hub.resolve(settings.base)
-    options: dict[str, Any] = _four_bit_options() if in_4_bit else {"dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **options)
+    model = load_weights(path, **(_four_bit_options() if in_4_bit else {}))
     tokenizer = Tokenizer.from_pretrained(path) if (path / "tokenizer.json").exists() else None
     mask_token_id = _mask_token_id(model, path, settings.mask_token)
     template = _chat_template(settings.chat_template)
@@ -61,6 +60,11 @@ def load_base(settings: ModelSettings, *, in_4_bit: bool = False) -> BaseModel:
             raise ConfigError(f"model.chat_template has no effect: {path} has no tokenizer.json")
         tokenizer = tokenizer.with_chat_template(template)
     return BaseModel(model=model, path=path, tokenizer=tokenizer, mask_token_id=mask_token_id, chat_template=template)
+
+
+def load_weights(path: Path, **options: Any) -> Any:
+    """The `transformers` model of a directory, in float32 unless `options` say otherwise."""
+    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **({"dtype": torch.float32} | options))
 
 
 def base_config(settings: ModelSettings) -> Any:

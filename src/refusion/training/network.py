@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refusion import hub
 from refusion.errors import ConfigError
 from refusion.training.attention import FLEX_NAME
-from refusion.training.base import BaseModel
+from refusion.training.base import BaseModel, load_weights
 from refusion.training.objectives import LossSettings, bind_objective, inner_causal_lm
 from refusion.training.recipe import MethodSettings, Recipe
 
@@ -26,7 +27,7 @@ def prepare_model(base: BaseModel, recipe: Recipe, device: torch.device) -> tupl
         model.config._attn_implementation = FLEX_NAME
     if recipe.model.residual == "bfloat16":
         _round_embeddings(model, recipe, device)
-    teacher = _frozen_copy(model, device, recipe) if recipe.objective.distill > 0 else None
+    teacher = _frozen(_teacher(model, recipe), device, recipe) if recipe.objective.distill > 0 else None
     frozen: frozenset[str] = frozenset()
     only_row = None
     if recipe.method.name != "full":
@@ -75,9 +76,21 @@ def _round_embeddings(model: Any, recipe: Recipe, device: torch.device) -> None:
     model.get_input_embeddings().register_forward_hook(rounded)
 
 
-def _frozen_copy(model: Any, device: torch.device, recipe: Recipe) -> Any:
-    """The teacher: the base model as it is, in bfloat16 where the student computes in it."""
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+def _teacher(model: Any, recipe: Recipe) -> Any:
+    """What `objective.teacher` names, or a copy of the base model as it is."""
+    if not recipe.objective.teacher:
+        return copy.deepcopy(model)
+    teacher = load_weights(hub.resolve(recipe.objective.teacher))
+    theirs, ours = teacher.config.vocab_size, model.config.vocab_size
+    if theirs != ours:
+        raise ConfigError(f"objective.teacher = {recipe.objective.teacher!r} has {theirs} tokens, the base {ours}; it must share them all")
+    teacher.config._attn_implementation = model.config._attn_implementation
+    return teacher
+
+
+def _frozen(teacher: Any, device: torch.device, recipe: Recipe) -> Any:
+    """In bfloat16 where the student computes in it."""
+    teacher = teacher.eval().requires_grad_(False)
     return teacher.to(device=device, dtype=torch.bfloat16 if computes_in_bfloat16(recipe, device.type) else torch.float32)
 
 

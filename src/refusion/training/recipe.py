@@ -140,6 +140,7 @@ _USED_BY = {
     "serial_groups": ("refusion",),
     "text_order_share": ("refusion",),
     "distill": ("refusion", "autoregressive"),
+    "teacher": ("refusion", "autoregressive"),
     "ar_weight": ("refusion",),
     "block_size": ("block_diffusion",),
     "pad_answers": ("masked_diffusion", "block_diffusion"),
@@ -163,7 +164,10 @@ class ObjectiveSettings:
     text_order_share: float = 0.0
     """Probability that clean slots of the paper's layout keep text order; 0 = paper."""
     distill: float = 0.0
-    """Share in [0, 1] of the base model's softmax in the target of clean tokens and of each serial group's first mask."""
+    """Share in [0, 1] of the teacher's softmax in the target of clean tokens and of each serial group's first mask."""
+    teacher: str = ""
+    """Named model or directory that objective.distill learns from, with the vocabulary of the base; empty = the base itself. To go on
+    training a finished model, name it as the base and what it came from as the teacher."""
     ar_weight: float = 1.0
     """Factor of the AR term in the loss; 1 = paper."""
     block_size: int = 32
@@ -179,6 +183,7 @@ class ObjectiveSettings:
         for name in ("serial_share", "text_order_share", "distill"):
             _require(0 <= getattr(self, name) <= 1, f"objective.{name}", getattr(self, name), "in [0, 1]")
         _require(self.serial_groups >= 0, "objective.serial_groups", self.serial_groups, "0 or more")
+        _require(not self.teacher or self.distill > 0, "objective.teacher", self.teacher, "left out where objective.distill is 0")
         _require(self.ar_weight > 0, "objective.ar_weight", self.ar_weight, "above 0")
         _require(self.chunk_size > 0, "objective.chunk_size", self.chunk_size, "above 0")
         _require(self.block_size > 0, "objective.block_size", self.block_size, "above 0")
