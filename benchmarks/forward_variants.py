@@ -69,13 +69,17 @@ def variants(kind: str) -> list[Variant]:
             Variant("late", overlap=Overlap(small="late", large="late")),
             Variant("large-off", overlap=Overlap(small="early", large="off")),
         ]
+    cuts = [(4, 128, 8, 2), (4, 128, 4, 2), (8, 128, 8, 2), (8, 128, 4, 2), (8, 64, 4, 2), (16, 128, 8, 2), (16, 128, 4, 2)]
+    cuts += [(16, 128, 4, 3), (16, 64, 4, 3), (32, 128, 8, 2), (32, 128, 8, 3), (32, 128, 4, 2)]
     return [
         Variant("default"),
         *(
-            Variant(f"tiles of {rows}, {columns} columns, {warps} warps, {stages} stages", tile_rows=rows, changes=changes)
-            for rows in (4, 8, 16, 32)
-            for columns, warps, stages in ((128, 8, 2), (128, 4, 2), (128, 8, 3), (64, 4, 3))
-            for changes in [{"columns": columns, "num_warps": warps, "num_stages": stages}]
+            Variant(
+                f"tiles of {rows}, {columns} columns, {warps} warps, {stages} stages",
+                tile_rows=rows,
+                changes={"columns": columns, "num_warps": warps, "num_stages": stages},
+            )
+            for rows, columns, warps, stages in cuts
         ),
         *(
             Variant(f"tiles of {rows}, rotation apart, 4 warps", joined_rows=0, tile_rows=rows, changes={"columns": 128, "num_warps": 4})
@@ -83,13 +87,9 @@ def variants(kind: str) -> list[Variant]:
         ),
         *(
             Variant(
-                f"tiles of {rows}, {new} new columns, 4 warps", tile_rows=rows, changes={"columns": 128, "new_columns": new, "num_warps": 4}
+                f"tiles of {rows}, 64 new columns, 4 warps", tile_rows=rows, changes={"columns": 128, "new_columns": 64, "num_warps": 4}
             )
-            for rows, new in ((4, 32), (4, 64), (8, 16), (8, 64), (16, 64), (32, 64))
-        ),
-        *(
-            Variant(f"tiles of {rows}, at most {splits} splits", tile_rows=rows, changes={"splits": splits, "columns": 128, "num_warps": 4})
-            for rows, splits in ((4, 4), (8, 6), (16, 6))
+            for rows in (8, 16)
         ),
     ]
 
