@@ -68,9 +68,9 @@ def test_all_is_measured_once_and_set_against_each_other(compare: Compare, tmp_p
     assert "refusion - autoregressive" in runs
     assert "refusion over autoregressive" in runs
     assert "tokens_per_second_chat_1" in runs["refusion_paper"]["figures"]
-    assert "mean_accuracy" not in runs["refusion_paper"]["figures"]  # only timed
     ours = runs["refusion"]
-    assert ours["settings"] == {"contender": "refusion", "seeds": [0, 1], "tasks": ["predictable", "gsm8k", "gcd"]}
+    counts = {"predictable": 2, "gsm8k": 2, "gcd": 2}
+    assert ours["settings"] == {"contender": "refusion", "seeds": [0, 1], "tasks": list(counts), "num_problems": counts}
     assert {"mean_accuracy", "accuracy_gcd", "chat_agreement", "chat_nll", "tokens_per_forward"} <= ours["figures"].keys()
     assert {"tokens_per_second_chat_1", "tokens_per_second_tasks_2"} <= ours["figures"].keys()
     assert runs["autoregressive"]["figures"]["chat_agreement"]["value"] == 1.0  # the base is the same model
@@ -79,10 +79,10 @@ def test_all_is_measured_once_and_set_against_each_other(compare: Compare, tmp_p
     ratio = runs["refusion over autoregressive"]["figures"]["speed_chat_1"]
     assert ratio["low"] <= ratio["value"] <= ratio["high"]
     assert set(content["settings"]["weights"]) == {"autoregressive-0", "refusion-0", "refusion-1"}
-    lines = (tmp_path / "state" / "answers.jsonl").read_text().splitlines()
+    lines = (tmp_path / "state" / "autoregressive.jsonl").read_text().splitlines()
     again = compare()
     assert again[0] == 0
-    assert (tmp_path / "state" / "answers.jsonl").read_text().splitlines() == lines  # nothing is asked twice
+    assert (tmp_path / "state" / "autoregressive.jsonl").read_text().splitlines() == lines  # nothing is asked twice
     assert again[2]["runs"] == content["runs"]
 
 
@@ -111,13 +111,13 @@ def test_ctrl_c_writes_what_there_is(compare: Compare, without_second_seed: None
 def test_answers_of_a_retrained_model_are_not_mixed_in(compare: Compare, without_second_seed: None, tmp_path: Path) -> None:
     only = ("--tasks", "gsm8k", "--contenders", "autoregressive", "--batch-sizes", 1)
     compare(*only)
-    before = len((tmp_path / "state" / "answers.jsonl").read_text().splitlines())
+    before = len((tmp_path / "state" / "autoregressive.jsonl").read_text().splitlines())
     final = tmp_path / "runs" / "autoregressive-0" / "final"
     config = json.loads((final / "config.json").read_text())
     _retrain(final)
     assert json.loads((final / "config.json").read_text()) == config
     _code, _err, content = compare(*only)
-    assert len((tmp_path / "state" / "answers.jsonl").read_text().splitlines()) == 2 * before
+    assert len((tmp_path / "state" / "autoregressive.jsonl").read_text().splitlines()) == 2 * before
     assert [run["settings"].get("seeds") for run in content["runs"] if run["label"] == "autoregressive"] == [[0]]
 
 
