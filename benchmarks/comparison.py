@@ -190,6 +190,7 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 32], help="at which speed is measured; none: it is not")
     parser.add_argument("--batch-size", type=int, default=None, help="problems decoded together; by default 4 on a CPU, 128 on a GPU")
     parser.add_argument("--max-tokens", type=int, default=256, help="new tokens at most; what masked diffusion was trained to fill")
+    parser.add_argument("--speed-only", action="store_true", help="nothing is asked that was not asked already")
     parser.add_argument("--tasks", nargs="+", default=["predictable", "gsm8k", "reasoning"], help="of predictable, gsm8k, reasoning")
     parser.add_argument("--contenders", nargs="+", default=None, help=f"of {', '.join(c.name for c in CONTENDERS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="by default all there are")
@@ -274,7 +275,7 @@ class Bench:
         """Everything about the models of one seed: task by task what all main contenders answer, then speed."""
         llms: dict[str, LLM] = {}
         pairs = [(contender, model) for contender in self.contenders for model in models if model.objective == contender.objective]
-        main = [(contender, model) for contender, model in pairs if contender.is_main]
+        main = [(contender, model) for contender, model in pairs if contender.is_main and not self.args.speed_only]
         for task in (*self.asked, self.chat):
             for contender, model in main:
                 self.ask(contender, model, task, llms)

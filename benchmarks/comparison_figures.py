@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from refusion.checkpoint import read_json
 from refusion.evaluation.results import Figure, Result, Run
 from refusion.evaluation.seeds import difference, mean_score, speed_ratio
 from refusion.evaluation.statistics import pooled_ratio, wilson
@@ -29,6 +30,8 @@ PAIRS = (
 )
 """Whose accuracy is set against whose."""
 CHAT = "chat"
+TRAINING = ("steps", "examples", "seconds", "tokens_per_second", "packed_share", "validation_ar", "validation_mdm")
+"""What the report of a training has that is worth a figure."""
 
 
 def key_of(contender: str, seed: int, sha256: str, task: str) -> str:
@@ -41,8 +44,18 @@ def result(
 ) -> Result:
     """Runs of every model, every contender, every pair and every ratio; a task counts for who answered all of it."""
     table = _Table(rows, models, contenders, asked)
-    runs = [*table.models(), *table.contenders(), *table.differences(), *table.ratios()]
+    runs = [*trainings(models), *table.models(), *table.contenders(), *table.differences(), *table.ratios()]
     return Result(name="comparison", settings=settings | {"unfinished": table.unfinished()}, runs=runs)
+
+
+def trainings(models: Sequence[Model]) -> Iterator[Run]:
+    """What the reports beside the models say."""
+    for model in models:
+        path = model.path.parent / "report.json"
+        report = read_json(path) if path.exists() else {}
+        figures = {name: report[name] for name in TRAINING if isinstance(report.get(name), int | float)}
+        if figures:
+            yield Run(label=f"training of {model.name}", settings={"trained": model.name, "sha256": model.sha256}, figures=figures)
 
 
 class _Table:
