@@ -43,7 +43,7 @@ from refusion.llm import DECODERS, EngineSettings
 Row = dict[str, Any]
 PAPER_TOKENS = 512
 """Length of every answer in the paper's set-up of plain masked diffusion."""
-SLOT_SEATS = 64
+SLOT_SEATS = 32
 """Prompts of slot decoding together on a GPU: so many can prepare all their lengths in every forward."""
 DECODE_ROWS = 32
 """Rows of a forward at most, in texts of ROOM tokens: plain masked diffusion runs whole texts, slot decoding prepares many lengths."""
