@@ -50,3 +50,5 @@ def test_a_command_names_no_folder_of_the_machine(monkeypatch: pytest.MonkeyPatc
     ]
     monkeypatch.setattr(sys, "argv", words)
     assert command_line() == "python tasks.py --model $WORK/runs/x --output $OUT/t.json --data /scratch/abc $WORK"
+    monkeypatch.setattr(sys, "argv", ["/site/refusion/__main__.py", "bench", "--json"])
+    assert command_line() == "refusion bench --json"

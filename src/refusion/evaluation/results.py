@@ -144,7 +144,8 @@ PLACES = ("WORK", "OUT", "DATA", "SUITE")
 def command_line() -> str:
     """As it was given; the scratch folders of a machine by the variables that name them."""
     places = {path: f"${name}" for name in PLACES if (path := os.environ.get(name, "").rstrip("/"))}
-    words = ["python", Path(sys.argv[0]).name]
+    script = Path(sys.argv[0]).name
+    words = ["refusion"] if script in ("__main__.py", "refusion") else ["python", script]
     for word in sys.argv[1:]:
         held = [path for path in places if word == path or word.startswith(f"{path}/")]
         longest = max(held, key=len, default="")
