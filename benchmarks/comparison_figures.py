@@ -53,7 +53,7 @@ def trainings(models: Sequence[Model]) -> Iterator[Run]:
     for model in models:
         path = model.path.parent / "report.json"
         report = read_json(path) if path.exists() else {}
-        figures = {name: report[name] for name in TRAINING if isinstance(report.get(name), int | float)}
+        figures = {name: report[name] for name in TRAINING if report.get(name)}  # a term that the objective lacks is 0
         if figures:
             yield Run(label=f"training of {model.name}", settings={"trained": model.name, "sha256": model.sha256}, figures=figures)
 
