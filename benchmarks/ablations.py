@@ -2,6 +2,7 @@
 
     python benchmarks/ablations.py --model RUNS/refusion-0/final --device cuda --chat-data heldout.jsonl.gz --output ablations.json
     python benchmarks/ablations.py --groups slots thresholds --limit 140 --seconds 300
+    python benchmarks/ablations.py --arms 'slots: common' 'slots: * in 32' 'rules: *' --seconds 100
     python benchmarks/ablation_plots.py                                # the plots in docs/ from the result file
 
 Groups: `slots` (slot size by block width), `thresholds`, `rules` (acceptance and correction), `fusion`, `infill` (alternatives, and how
@@ -10,6 +11,7 @@ a plan chooses slots). Accuracy is that of the predictable tasks, agreement that
 arm in turn with autoregressive decoding of the same weights. `kv` and `score` run the plain decoder (`refusion.decoding.variants`), which
 has no speed worth telling.
 
+Tokens per forward are those of forwards that prepare every length the settings allow; when timed, the engine prepares as many as pay.
 The result file is written after every arm, and arms that are in it already are not measured again.
 """
 
@@ -20,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,8 @@ from refusion.llm import EngineSettings
 from refusion.synthesis.predictable import HELD_OUT_SEED, make
 
 TWO_PASS = {"fuse_plan": False, "max_candidates": 0}
+SEATS = 32
+"""Prompts of slot decoding together on a GPU: so many may prepare all their lengths even where many slots are chosen at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +115,7 @@ GROUPS = tuple(dict.fromkeys(arm.group for arm in arms()))
 def main() -> None:
     parser = harness.parser("Ablations of slot decoding.", output="ablations.json")
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--arms", nargs="+", default=["*"], metavar="PATTERN", help="'GROUP: LABEL' with wildcards, in the order wanted")
     parser.add_argument("--chat-data", type=Path, default=None, help="JSONL rows with `query`; by default the shared held-out ones")
     parser.add_argument("--chat-rows", type=int, default=128, help="held-out chat prompts; 0: no agreement")
     parser.add_argument("--base", default="smollm2-135m", help="model whose argmax counts as agreement")
@@ -117,14 +123,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600, help="no arm is begun after them")
     parser.set_defaults(limit=700)
     args = parser.parse_args()
-    unknown = [group for group in args.groups if group not in GROUPS]
-    if unknown:
-        raise ConfigError(f"unknown group {unknown[0]!r}; known are {', '.join(GROUPS)}")
+    chosen_arms(args.groups, args.arms)  # told before anything is loaded
     (setting,) = harness.settings(args)
     bench = Bench(args, setting.slots)
     deadline = time.monotonic() + args.seconds
     runs = known_runs(args.output, bench)
-    for arm in [arm for arm in arms() if arm.group in args.groups]:
+    for arm in chosen_arms(args.groups, args.arms):
         if arm.name in {run.label for run in runs}:
             continue
         if time.monotonic() > deadline:
@@ -135,6 +139,20 @@ def main() -> None:
         result = Result(name="ablations", settings=bench.settings, runs=runs, notes=args.notes, device=args.device)
         write_result(args.output, result)
     print(f"written {args.output}", file=sys.stderr)
+
+
+def chosen_arms(groups: Sequence[str], patterns: Sequence[str]) -> list[Arm]:
+    """Arms of the groups that a pattern names, those of the first pattern first. Raises ConfigError for a name that is none."""
+    unknown = [group for group in groups if group not in GROUPS]
+    if unknown:
+        raise ConfigError(f"unknown group {unknown[0]!r}; known are {', '.join(GROUPS)}")
+    found: dict[str, Arm] = {}
+    for pattern in patterns:
+        named = {arm.name: arm for arm in arms() if fnmatchcase(arm.name, pattern)}
+        if not named:
+            raise ConfigError(f"no arm is named {pattern!r}; the first is {arms()[0].name!r}, wildcards are allowed")
+        found |= {name: arm for name, arm in named.items() if arm.group in groups and name not in found}
+    return list(found.values())
 
 
 def known_runs(path: Path, bench: Bench) -> list[Run]:
@@ -154,7 +172,8 @@ class Bench:
     def __init__(self, args: Any, slots: SlotParams) -> None:
         self.args, self.is_cuda = args, args.device.startswith("cuda")
         self.batch_size = args.batch_size or (128 if self.is_cuda else 4)
-        engine = EngineSettings(max_num_seqs=self.batch_size, prefix_caching=False)
+        rows = comparison.ROOM * comparison.DECODE_ROWS if self.is_cuda else None
+        engine = EngineSettings(max_num_seqs=self.batch_size, max_decode_rows=rows, prefix_caching=False)
         self.llm = LLM.from_pretrained(args.model, device=args.device, dtype=args.dtype, engine=engine)
         if self.llm.config.mask_token_id is None:
             raise CheckpointError(f"{self.llm.path} has no mask token; there are no slots to ablate")
@@ -206,7 +225,8 @@ class Bench:
         prompts = [self.llm.encode(harness.chat(row["query"])) for row in rows]
         if arm.variant is not None:
             return self.plain_answers(arm.variant, slots, prompts)
-        outputs = self.llm.generate(list(prompts), self.sampling, params(slots), batch_size=self.batch_size, progress=True)
+        whole = params(replace(slots, max_candidates=slots.candidates()))
+        outputs = self.llm.generate(list(prompts), self.sampling, whole, batch_size=min(self.batch_size, SEATS), progress=True)
         return [Answer(list(out.prompt_ids), list(out.token_ids), out.text, out.stats.num_forwards) for out in outputs]
 
     def plain_answers(self, variant: str, slots: SlotSettings, prompts: Sequence[list[int]]) -> list[Answer]:
@@ -256,14 +276,12 @@ class Bench:
     def speed(self, slots: SlotSettings) -> dict[str, Figure]:
         """Tokens per second at batch 1, and over autoregressive decoding of the same prompts in turn."""
         prompts = [self.llm.encode(harness.chat(row["query"])) for row in self.rows[: self.args.speed_prompts]]
-        server, longest = Server(self.llm, params(slots), self.sampling), max(map(len, prompts))
-        loads = {decoder: Load() for decoder in ("refusion", "autoregressive")}
-        for decoder in loads:
-            server.warm_up([decoder], longest, 1)
-            server.serve(Load(), decoder, prompts[:2], 1)
-            server.warm_up([decoder], longest, 1)
-        take_turns([partial(server.serve, load, decoder, concurrency=1) for decoder, load in loads.items()], prompts)
-        ours, other = (loads[name].tokens_per_second for name in ("refusion", "autoregressive"))
+        server = Server(self.llm, params(slots), self.sampling)
+        turns = [comparison.Turns(server, decoder) for decoder in ("refusion", "autoregressive")]
+        for turn in turns:
+            server.serve(Load(), turn.decoder, prompts, 1)  # so that everything is compiled and captured
+        take_turns([turn.take for turn in turns], prompts)
+        ours, other = (turn.load.tokens_per_second for turn in turns)
         return {"tokens_per_second": ours, "autoregressive_tokens_per_second": other, "over_autoregressive": ours / other}
 
 

@@ -6,11 +6,12 @@
 RUNS holds OBJECTIVE-SEED/final; DATA holds tasks_heldout.jsonl.gz, gsm8k_test.jsonl.gz, rg_heldout.jsonl.gz and heldout.jsonl.gz (chat).
 `train_comparison.sh` and `comparison_h100.sh` make them. Measured are right answers by task, tokens per forward, agreement of held-out chat
 with the base model, the likelihood of held-out chat (or its bound), and tokens per second at batch 1 (contenders take turns)
-and 32.
+and 32. The most telling tasks come first, speed last; what is timed was done once before, so that everything is compiled and captured.
 
-Every answer goes to STATE/answers.jsonl as soon as it is there. The same command goes on where a run stopped, also for want of --seconds,
-and the result file always holds what there is. Models are known by their checksums: answers of a retrained one are not mixed in.
-`comparison_figures.py` makes the figures.
+Every answer goes to STATE/CONTENDER.jsonl as soon as it is there. The same command goes on where a run stopped, also for want of --seconds,
+and the result file always holds what there is. Contenders may be asked by several processes at once (--contenders, --batch-sizes with
+nothing behind it); speed is for a process that has the machine to itself. Models are known by their checksums: answers of a retrained one
+are not mixed in. `comparison_figures.py` makes the figures.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,14 @@ from refusion.evaluation.sample_log import SampleLog
 from refusion.llm import DECODERS, EngineSettings
 
 Row = dict[str, Any]
-LOG = "answers"
 PAPER_TOKENS = 512
 """Length of every answer in the paper's set-up of plain masked diffusion."""
+SLOT_SEATS = 32
+"""Prompts of slot decoding together on a GPU: so many can prepare all their lengths in every forward."""
+DECODE_ROWS = 32
+"""Rows of a forward at most, in texts of ROOM tokens: plain masked diffusion runs whole texts, slot decoding prepares many lengths."""
+MOST_TRIES = 3
+"""A timed turn in which something was still compiled or captured is taken again, so often at most."""
 BOUND_SAMPLES = 16
 """Masked sets drawn of each answer where its likelihood is bounded."""
 ROOM = 1024
@@ -59,8 +65,14 @@ class Contender:
     diffusion: dict[str, Any] = field(default_factory=dict)
     is_main: bool = True
     """Asked every task; the others are only timed, unless they are named."""
+    num_problems: int | None = None
+    """Asked so many problems of each task at most, the first ones; None: all."""
     fixed_tokens: int | None = None
-    """When timed: room for the answer, all of which is written."""
+    """When timed: room for the answer, all of which is written. Only alone, on a few prompts, for that takes as long as it always does."""
+
+    def size(self, task: Task) -> int:
+        """How many problems of the task it is asked."""
+        return min(len(task.rows), self.num_problems or len(task.rows))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -73,26 +85,36 @@ class Contender:
         return {"diffusion": kind(**self.diffusion)}
 
 
+SLOTS = SlotParams(
+    slot_size=16,
+    block_size=16,
+    slot_threshold=0.9,
+    token_threshold=0.4,
+    acceptance="argmax",
+    correction="autoregressive",
+    alternatives=2,
+    infill_length=6,
+)
+"""What serves ReFusion best, the same for every prompt."""
+PAPER_SLOTS = SlotParams(
+    slot_size=16, serial_blocks=4, slot_threshold=0.9, token_threshold=0.4, acceptance="paper", correction="paper", alternatives=0
+)
+"""The published decoding with the largest slots that the recipe trains."""
 CONTENDERS = (
     Contender(name="autoregressive", objective="autoregressive"),
-    # One token a forward in blocks of 32, the method at its most careful. Stopping behind the EOS changes no token before it.
-    Contender(name="masked_diffusion", objective="masked_diffusion", diffusion={"early_stop": True}),
+    Contender(name="refusion", objective="refusion", slots=SLOTS),
     Contender(name="block_diffusion", objective="block_diffusion"),
-    Contender(name="refusion", objective="refusion"),
-    Contender(name="masked_diffusion_paper", objective="masked_diffusion", is_main=False, fixed_tokens=PAPER_TOKENS),
+    Contender(name="refusion_paper", objective="refusion", slots=PAPER_SLOTS, num_problems=500),
+    # One token a forward in blocks of 32, the method at its most careful. Stopping behind the EOS changes no token before it. A forward of
+    # whole texts for every token: the first problems must do.
+    Contender(name="masked_diffusion", objective="masked_diffusion", diffusion={"early_stop": True}, num_problems=150),
     Contender(
         name="masked_diffusion_fast",
         objective="masked_diffusion",
         diffusion={"early_stop": True, "threshold": 0.9, "cache": "dual"},
-        is_main=False,
+        num_problems=500,
     ),
-    Contender(name="block_diffusion_careful", objective="block_diffusion", diffusion={"threshold": 1.0}, is_main=False),
-    Contender(
-        name="refusion_paper",
-        objective="refusion",
-        slots=SlotParams(slot_size=32, serial_blocks=4, slot_threshold=0.9, token_threshold=0.4, acceptance="paper", correction="paper"),
-        is_main=False,
-    ),
+    Contender(name="masked_diffusion_paper", objective="masked_diffusion", is_main=False, fixed_tokens=PAPER_TOKENS),
 )
 
 
@@ -130,6 +152,8 @@ def main() -> None:
     asked = read_tasks(args)
     chat = Task("chat", harness.rows_of(args.data / "heldout.jsonl.gz", limit=args.chat_rows), args.max_tokens)
     identity = {"dtype": args.dtype, "device": args.device, "slots": args.slots, "max_tokens": args.max_tokens}
+    if not args.batch_sizes:
+        contenders = [contender for contender in contenders if contender.is_main]
     bench = Bench(args, contenders, asked, chat, SampleLog(args.state, identity, resume=True))
     code = 0
     try:
@@ -139,7 +163,8 @@ def main() -> None:
         print("out of time; the same command goes on from here", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
-    result = comparison_figures.result(bench.log.rows(LOG), models, contenders, [*asked, chat], settings_of(args, models, contenders))
+    rows = [row for contender in contenders for row in bench.log.rows(contender.name)]
+    result = comparison_figures.result(rows, models, contenders, [*asked, chat], settings_of(args, models, contenders))
     write_result(args.output, replace(result, device=args.device, notes=args.notes))
     print(f"written {args.output}", file=sys.stderr)
     if code:
@@ -160,14 +185,16 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--chat-rows", type=int, default=256, help="held-out chat prompts")
     parser.add_argument("--likelihood-rows", type=int, default=128, help="held-out chat pairs whose likelihood is measured")
     parser.add_argument("--speed-prompts", type=int, default=32, help="prompts of each kind that are timed at batch 1")
+    parser.add_argument("--slow-prompts", type=int, default=6, help="the same of contenders that always write the whole room")
     parser.add_argument("--speed-seconds", type=float, default=8, help="per contender and kind at larger batches")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 32], help="at which speed is measured; none: it is not")
     parser.add_argument("--batch-size", type=int, default=None, help="problems decoded together; by default 4 on a CPU, 128 on a GPU")
-    parser.add_argument("--max-tokens", type=int, default=256, help="new tokens at most; GSM8K twice as many")
+    parser.add_argument("--max-tokens", type=int, default=256, help="new tokens at most; what masked diffusion was trained to fill")
+    parser.add_argument("--speed-only", action="store_true", help="nothing is asked that was not asked already")
     parser.add_argument("--tasks", nargs="+", default=["predictable", "gsm8k", "reasoning"], help="of predictable, gsm8k, reasoning")
     parser.add_argument("--contenders", nargs="+", default=None, help=f"of {', '.join(c.name for c in CONTENDERS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="by default all there are")
-    parser.add_argument("--slots", type=json.loads, default=None, help="slot settings of `refusion` as JSON; by default the checkpoint's")
+    parser.add_argument("--slots", type=json.loads, default=None, help="slot settings of `refusion` as JSON instead of what serves it best")
     parser.add_argument("--notes", default="", help="a sentence for the result file")
     return parser.parse_args()
 
@@ -221,15 +248,15 @@ def read_tasks(args: argparse.Namespace) -> list[Task]:
         groups = {name: rows}
         if name == "reasoning":
             groups = {family: [row for row in rows if row["family"] == family] for family in dict.fromkeys(row["family"] for row in rows)}
-        max_tokens = 2 * args.max_tokens if name == "gsm8k" else args.max_tokens
-        found += [Task(group, some[: args.limit], max_tokens) for group, some in groups.items()]
+        found += [Task(group, some[: args.limit], args.max_tokens) for group, some in groups.items()]
     return found
 
 
 def settings_of(args: argparse.Namespace, models: Sequence[Model], contenders: Sequence[Contender]) -> dict[str, Any]:
-    names = ("limit", "chat_rows", "likelihood_rows", "speed_prompts", "batch_sizes", "batch_size", "max_tokens", "base", "dtype")
+    counts = ("limit", "chat_rows", "likelihood_rows", "speed_prompts", "slow_prompts", "batch_sizes", "batch_size", "max_tokens")
     described = {contender.name: contender for contender in contenders}
-    return {name: getattr(args, name) for name in names} | {"weights": {m.name: m.sha256 for m in models}, "contenders": described}
+    named = {name: getattr(args, name) for name in (*counts, "base", "dtype")}
+    return named | {"weights": {m.name: m.sha256 for m in models}, "contenders": described}
 
 
 class Bench:
@@ -242,17 +269,18 @@ class Bench:
         self.deadline = time.monotonic() + args.seconds
         self.is_cuda = args.device.startswith("cuda")
         self.batch_size = args.batch_size or (128 if self.is_cuda else 4)
-        self.known = {(row["task"], row["doc_id"]) for row in log.rows(LOG)}
+        self.known = {(row["task"], row["doc_id"]) for contender in contenders for row in log.rows(contender.name)}
 
     def measure(self, models: Sequence[Model]) -> None:
-        """Everything about the models of one seed: the tasks of the main contenders first, then speed."""
+        """Everything about the models of one seed: task by task what all main contenders answer, then speed."""
         llms: dict[str, LLM] = {}
         pairs = [(contender, model) for contender in self.contenders for model in models if model.objective == contender.objective]
-        for contender, model in pairs:
-            if contender.is_main:
-                for task in (*self.asked, self.chat):
-                    self.ask(contender, model, task, llms)
-                self.likelihoods(contender, model, llms)
+        main = [(contender, model) for contender, model in pairs if contender.is_main and not self.args.speed_only]
+        for task in (*self.asked, self.chat):
+            for contender, model in main:
+                self.ask(contender, model, task, llms)
+        for contender, model in main:
+            self.likelihoods(contender, model, llms)
         for size in self.args.batch_sizes:
             for kind in ("chat", "tasks"):
                 self.time(kind, size, pairs, llms)
@@ -260,19 +288,25 @@ class Bench:
     def ask(self, contender: Contender, model: Model, task: Task, llms: dict[str, LLM]) -> None:
         """Answers of one task, in groups that keep the batch full."""
         key = key_of(contender, model, task.name)
-        left = [i for i in range(len(task.rows)) if (key, i) not in self.known]
-        for start in range(0, len(left), 4 * self.batch_size):
-            group = left[start : start + 4 * self.batch_size]
+        left = [i for i in range(contender.size(task)) if (key, i) not in self.known]
+        group_size = 8 * self.batch_size  # a group ends with empty seats
+        for start in range(0, len(left), group_size):
+            group = left[start : start + group_size]
             self.check_time()
             llm = self.llm(model, llms)
             prompts = [harness.chat(task.rows[i]["query"]) for i in group]
             sampling = SamplingParams(max_tokens=task.max_tokens)
-            outputs = llm.generate(
-                prompts, sampling, contender.slots, contender.objective, batch_size=self.batch_size, progress=True, **contender.options
-            )
+            slots, batch_size = self.all_lengths(contender, llm)
+            outputs = llm.generate(prompts, sampling, slots, contender.objective, batch_size=batch_size, progress=True, **contender.options)
             scores = self.agreement(outputs) if task is self.chat else self.rights([task.rows[i] for i in group], outputs)
-            self.append(key, group, outputs, scores)
+            self.append(contender, key, group, outputs, scores)
             print(f"{key}: {start + len(group)} of {len(left)}", file=sys.stderr)
+
+    def all_lengths(self, contender: Contender, llm: LLM) -> tuple[SlotParams, int]:
+        """Slots that prepare all their lengths in every forward, and how many prompts may do so together."""
+        if contender.objective != "refusion":
+            return contender.slots, self.batch_size
+        return replace(contender.slots, max_candidates=llm.resolve_slots(contender.slots).candidates()), min(self.batch_size, SLOT_SEATS)
 
     def rights(self, rows: Sequence[Row], outputs: Sequence[Any]) -> list[dict[str, float]]:
         return [{"right": float(is_right)} for is_right in tasks.judge(rows, [out.text for out in outputs])]
@@ -285,7 +319,9 @@ class Bench:
         return [{"agreed": float(sum(score.is_argmax)), "nats": -score.total} for score in found]
 
     def likelihoods(self, contender: Contender, model: Model, llms: dict[str, LLM]) -> None:
-        """Nats of held-out answers under the model's own factorisation: exact left to right, else a bound."""
+        """Nats of held-out answers under the model's own factorisation: exact left to right, else a bound. Once a model."""
+        if contender.name != contender.objective:
+            return
         key = key_of(contender, model, "likelihood")
         rows = self.chat.rows[: self.args.likelihood_rows]
         if (key, len(rows) - 1) in self.known:
@@ -299,45 +335,51 @@ class Bench:
             {"task": key, "doc_id": i, "scores": {"nats": -each.log_prob}, "num_tokens": len(answer)}
             for i, ((_, answer), each) in enumerate(zip(pairs, found, strict=True))
         ]
-        self.log.append(LOG, rows_of_log)
+        self.log.append(contender.name, rows_of_log)
 
     def time(self, kind: str, size: int, pairs: Sequence[tuple[Contender, Model]], llms: dict[str, LLM]) -> None:
         """Every contender on the same prompts: alone in turns, else one after the other for --speed-seconds each."""
+        if size > 1:
+            pairs = [(contender, model) for contender, model in pairs if contender.fixed_tokens is None]
         keys = [key_of(contender, model, f"speed_{kind}_{size}") for contender, model in pairs]
         if all((key, 0) in self.known for key in keys):
             return
         queries = [row["query"] for row in self.chat.rows] if kind == "chat" else [row["query"] for row in mixed(self.asked)]
         prompts = [harness.chat(query) for query in queries[: max(self.args.speed_prompts, 4 * size)]]
         servers = [self.server(contender, model, llms) for contender, model in pairs]
-        loads = [Load() for _ in pairs]
-        for (contender, _), server in zip(pairs, servers, strict=True):
-            self.check_time()
-            longest = max(len(server.llm.encode(prompt)) for prompt in prompts)
-            server.warm_up([contender.objective], longest, size)
-            server.serve(Load(), contender.objective, cycled(prompts, size), size)
-            server.warm_up([contender.objective], longest, size)
-        walls: list[list[float]] = [[] for _ in pairs]
         if size == 1:
-            serves = [
-                partial(timed, server, load, pair[0].objective, wall)
-                for server, load, pair, wall in zip(servers, loads, pairs, walls, strict=True)
-            ]
             self.check_time()
-            take_turns(serves, prompts[: self.args.speed_prompts])
-        else:
-            for server, load, (contender, _) in zip(servers, loads, pairs, strict=True):
-                self.check_time()
+            self.time_alone(prompts[: self.args.speed_prompts], pairs, keys, servers)
+            return
+        for key, server, (contender, _) in zip(keys, servers, pairs, strict=True):
+            self.check_time()
+            server.serve(Load(), contender.objective, cycled(prompts, 2 * size), size)
+            for _ in range(MOST_TRIES):
+                load = Load()
                 server.serve_for(load, contender.objective, prompts, size, self.args.speed_seconds)
-        for number, (key, load) in enumerate(zip(keys, loads, strict=True)):
-            if size == 1:
-                self.append(key, range(len(load.outputs)), load.outputs, [{"wall": seconds} for seconds in walls[number]])
-            else:  # which prompts there was time for differs, so only the sums mean something
-                total = {"num_tokens": load.num_tokens, "num_forwards": sum(out.stats.num_forwards for out in load.outputs)}
-                self.log.append(
-                    LOG, [{"task": key, "doc_id": 0, "scores": {"wall": load.seconds}, "num_requests": len(load.outputs), **total}]
-                )
-                self.known.add((key, 0))
+                if not load.num_first_runs:
+                    break
+            # Which prompts there was time for differs, so only the sums mean something.
+            total = {"num_tokens": load.num_tokens, "num_forwards": sum(out.stats.num_forwards for out in load.outputs)}
+            about = {"num_requests": len(load.outputs), "num_first_runs": load.num_first_runs}
+            self.log.append(contender.name, [{"task": key, "doc_id": 0, "scores": {"wall": load.seconds}, **about, **total}])
+            self.known.add((key, 0))
             print(f"{key}: {load.tokens_per_second:.0f} tokens/s", file=sys.stderr)
+
+    def time_alone(
+        self, prompts: Sequence[Any], pairs: Sequence[tuple[Contender, Model]], keys: Sequence[str], servers: Sequence[Server]
+    ) -> None:
+        """Prompt by prompt in turns; who always writes the whole room takes part in the first --slow-prompts only."""
+        turns = [Turns(server, contender.objective) for server, (contender, _) in zip(servers, pairs, strict=True)]
+        is_slow = [contender.fixed_tokens is not None for contender, _ in pairs]
+        everybody = prompts[: self.args.slow_prompts]
+        for turn, slow in zip(turns, is_slow, strict=True):
+            turn.server.serve(Load(), turn.decoder, everybody if slow else prompts, 1)
+        take_turns([turn.take for turn in turns], everybody)
+        take_turns([turn.take for turn, slow in zip(turns, is_slow, strict=True) if not slow], prompts[len(everybody) :])
+        for key, turn, (contender, _) in zip(keys, turns, pairs, strict=True):
+            self.append(contender, key, range(len(turn.load.outputs)), turn.load.outputs, [{"wall": wall} for wall in turn.walls])
+            print(f"{key}: {turn.load.tokens_per_second:.0f} tokens/s", file=sys.stderr)
 
     def server(self, contender: Contender, model: Model, llms: dict[str, LLM]) -> Server:
         sampling = SamplingParams(max_tokens=contender.fixed_tokens or self.args.max_tokens)
@@ -346,8 +388,7 @@ class Bench:
     def llm(self, model: Model, llms: dict[str, LLM]) -> LLM:
         """Loaded once a seed; the cache is bounded, for all of a seed are there together when they are timed."""
         if model.name not in llms:
-            # Plain masked diffusion runs whole texts in every forward.
-            rows = ROOM * (32 if self.is_cuda else 4) if model.objective == "masked_diffusion" else None
+            rows = ROOM * (DECODE_ROWS if self.is_cuda else 4) if model.objective in ("masked_diffusion", "refusion") else None
             seats = max([self.batch_size, *self.args.batch_sizes])
             engine = EngineSettings(max_num_seqs=seats, cache_tokens=seats * ROOM, max_decode_rows=rows, prefix_caching=False)
             llms[model.name] = LLM.from_pretrained(model.path, device=self.args.device, dtype=self.args.dtype, engine=engine)
@@ -357,13 +398,15 @@ class Bench:
     def base(self) -> LLM:
         return LLM.from_pretrained(self.args.base, device=self.args.device, dtype="float32")
 
-    def append(self, key: str, numbers: Sequence[int], outputs: Sequence[Any], scores: Sequence[dict[str, float]]) -> None:
+    def append(
+        self, contender: Contender, key: str, numbers: Sequence[int], outputs: Sequence[Any], scores: Sequence[dict[str, float]]
+    ) -> None:
         rows = []
         for i, out, score in zip(numbers, outputs, scores, strict=True):
             stats = out.stats
             cost = {"num_tokens": stats.num_tokens, "num_forwards": stats.num_forwards, "is_cut": out.finish_reason == "length"}
             rows.append({"task": key, "doc_id": i, "scores": score, **cost})
-        self.log.append(LOG, rows)
+        self.log.append(contender.name, rows)
         self.known |= {(key, i) for i in numbers}
 
     def check_time(self) -> None:
@@ -388,11 +431,25 @@ def own_likelihoods(llm: LLM, contender: Contender, pairs: Sequence[Pair], batch
     return diffusion_bounds(llm.model, pairs, mask_id, settings, num_samples=BOUND_SAMPLES, seed=0, batch_size=batch_size)
 
 
-def timed(server: Server, load: Load, decoder: str, walls: list[float], prompts: Sequence[Any]) -> None:
-    """One turn, and how long it took."""
-    before = load.seconds
-    server.serve(load, decoder, prompts, 1)
-    walls.append(load.seconds - before)
+@dataclass(slots=True)
+class Turns:
+    """One contender's turns at batch 1, and how long each took."""
+
+    server: Server
+    decoder: str
+    load: Load = field(default_factory=Load)
+    walls: list[float] = field(default_factory=list)
+
+    def take(self, prompts: Sequence[Any]) -> None:
+        for _ in range(MOST_TRIES):
+            turn = Load()
+            self.server.serve(turn, self.decoder, prompts, 1)
+            if not turn.num_first_runs:
+                break
+        self.load.outputs += turn.outputs
+        self.load.seconds += turn.seconds
+        self.load.num_first_runs += turn.num_first_runs
+        self.walls.append(turn.seconds)
 
 
 def mixed(asked: Sequence[Task]) -> Iterator[Row]:

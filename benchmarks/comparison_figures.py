@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from refusion.checkpoint import read_json
 from refusion.evaluation.results import Figure, Result, Run
 from refusion.evaluation.seeds import difference, mean_score, speed_ratio
 from refusion.evaluation.statistics import pooled_ratio, wilson
@@ -20,9 +21,17 @@ if TYPE_CHECKING:
     from comparison import Contender, Model, Task
 
 Row = dict[str, Any]
-PAIRS = (("refusion", "autoregressive"), ("refusion", "block_diffusion"), ("block_diffusion", "masked_diffusion"))
+PAIRS = (
+    ("refusion", "autoregressive"),
+    ("refusion", "block_diffusion"),
+    ("block_diffusion", "masked_diffusion"),
+    ("refusion", "masked_diffusion"),
+    ("refusion", "refusion_paper"),
+)
 """Whose accuracy is set against whose."""
 CHAT = "chat"
+TRAINING = ("steps", "examples", "seconds", "tokens_per_second", "packed_share", "validation_ar", "validation_mdm")
+"""What the report of a training has that is worth a figure."""
 
 
 def key_of(contender: str, seed: int, sha256: str, task: str) -> str:
@@ -33,16 +42,26 @@ def key_of(contender: str, seed: int, sha256: str, task: str) -> str:
 def result(
     rows: Sequence[Row], models: Sequence[Model], contenders: Sequence[Contender], asked: Sequence[Task], settings: dict[str, Any]
 ) -> Result:
-    """Runs of every model, every contender, every pair and every ratio; a task counts for whom all its problems are answered."""
+    """Runs of every model, every contender, every pair and every ratio; a task counts for who answered all of it."""
     table = _Table(rows, models, contenders, asked)
-    runs = [*table.models(), *table.contenders(), *table.differences(), *table.ratios()]
+    runs = [*trainings(models), *table.models(), *table.contenders(), *table.differences(), *table.ratios()]
     return Result(name="comparison", settings=settings | {"unfinished": table.unfinished()}, runs=runs)
+
+
+def trainings(models: Sequence[Model]) -> Iterator[Run]:
+    """What the reports beside the models say."""
+    for model in models:
+        path = model.path.parent / "report.json"
+        report = read_json(path) if path.exists() else {}
+        figures = {name: report[name] for name in TRAINING if report.get(name)}  # a term that the objective lacks is 0
+        if figures:
+            yield Run(label=f"training of {model.name}", settings={"trained": model.name, "sha256": model.sha256}, figures=figures)
 
 
 class _Table:
     def __init__(self, rows: Sequence[Row], models: Sequence[Model], contenders: Sequence[Contender], asked: Sequence[Task]) -> None:
         self.asked = [task for task in asked if task.name != CHAT]
-        self.sizes = {task.name: len(task.rows) for task in asked}
+        self.tasks = {task.name: task for task in asked}
         self.rows: dict[str, list[Row]] = {}
         for row in sorted(rows, key=lambda row: row["doc_id"]):
             self.rows.setdefault(row["task"], []).append(row)
@@ -52,17 +71,18 @@ class _Table:
     def of(self, contender: Contender, model: Model, task: str) -> list[Row]:
         """Rows of one task if it is finished."""
         rows = self.rows.get(key_of(contender.name, model.seed, model.sha256, task), [])
-        if task not in self.sizes:
+        if task not in self.tasks:
             return rows
-        rows = [row for row in rows if row["doc_id"] < self.sizes[task]]
-        return rows if len(rows) == self.sizes[task] else []
+        size = contender.size(self.tasks[task])
+        rows = [row for row in rows if row["doc_id"] < size]
+        return rows if len(rows) == size else []
 
     def unfinished(self) -> list[str]:
         return [
             key_of(contender.name, model.seed, model.sha256, task)
             for contender, model in self.pairs
             if contender.is_main
-            for task in self.sizes
+            for task in self.tasks
             if not self.of(contender, model, task)
         ]
 
@@ -94,7 +114,9 @@ class _Table:
                 figures["mean_tokens"] = sum(row["num_tokens"] for row in found) / len(found)
             figures |= self._chat_figures(pairs) | self._speeds(pairs)
             if figures:
-                yield Run(label=name, settings={"contender": name, "seeds": seeds, "tasks": list(scores)}, figures=figures)
+                counts = {task: values.shape[1] for task, values in scores.items()}
+                settings = {"contender": name, "seeds": seeds, "tasks": list(scores), "num_problems": counts}
+                yield Run(label=name, settings=settings, figures=figures)
 
     def differences(self) -> Iterator[Run]:
         for first, second in PAIRS:
@@ -102,10 +124,12 @@ class _Table:
             shared = [task for task in one if task in other]
             if not shared:
                 continue
-            one, other = {task: one[task] for task in shared}, {task: other[task] for task in shared}
+            # Problem by problem: the first ones, where somebody was asked only those.
+            counts = {task: min(one[task].shape[1], other[task].shape[1]) for task in shared}
+            one, other = ({task: scores[task][:, : counts[task]] for task in shared} for scores in (one, other))
             figures: dict[str, Figure] = {"mean_accuracy": difference(one, other)}
             figures |= {f"accuracy_{task}": difference({task: one[task]}, {task: other[task]}) for task in shared}
-            settings = {"first": first, "second": second, "seeds": [seeds, other_seeds], "tasks": shared}
+            settings = {"first": first, "second": second, "seeds": [seeds, other_seeds], "tasks": shared, "num_problems": counts}
             yield Run(label=f"{first} - {second}", settings=settings, figures=figures)
 
     def ratios(self) -> Iterator[Run]:
@@ -117,12 +141,13 @@ class _Table:
             for task in self._speed_tasks():
                 one, other = self._walls(first, task), self._walls(second, task)
                 seeds = [seed for seed in one if seed in other]
-                pooled = [[pair for seed in seeds for pair in walls[seed]] for walls in (one, other)]
                 if not seeds:
                     continue
-                if len(pooled[0]) == len(pooled[1]) and task.endswith("_1"):
-                    figures[task] = speed_ratio(pooled[0], pooled[1])
+                if task.endswith("_1"):  # prompt by prompt: the first ones, where somebody answered only those
+                    both = [pair for seed in seeds for pair in zip(one[seed], other[seed], strict=False)]
+                    figures[task] = speed_ratio([ours for ours, _ in both], [others for _, others in both])
                 else:  # as many prompts as there was time for: not the same ones
+                    pooled = [[pair for seed in seeds for pair in walls[seed]] for walls in (one, other)]
                     figures[task] = _pooled_speed(pooled[0]) / _pooled_speed(pooled[1])
             if figures:
                 yield Run(label=f"{first} over {second}", settings={"first": first, "second": second}, figures=figures)

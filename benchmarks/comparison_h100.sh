@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The controlled comparison from nothing to the result file: `data` where the shared data and reasoning-gym are, the rest on the GPU machine,
-# with DATA carried there. Each stage can be run again: what is trained is kept, measuring goes on where it stopped.
-#     bash benchmarks/comparison_h100.sh data DIR                 # training and held-out rows, 15 MB (REFUSION_SHARED says where from)
+# with DATA carried there. Each stage can be run again: what is trained is kept, measuring goes on where it stopped. What is trained, asked
+# and timed side by side within minutes: comparison_campaign.sh.
+#     bash benchmarks/comparison_h100.sh data DIR                 # training and held-out rows, 10 MB (REFUSION_SHARED says where from)
 #     bash benchmarks/gpu_campaign.sh base                        # the base model, as for the default model
 #     bash benchmarks/train_comparison.sh SEED STEPS              # all four objectives; DATA=DIR
 #     bash benchmarks/comparison_h100.sh measure [options]        # comparison.py, at most MINUTES; DATA=DIR
@@ -15,7 +16,8 @@ data() { # DIR
     mkdir -p "$1"
     export PYTHONPATH=src:${PYTHONPATH:-}
     $PYTHON benchmarks/prepare_data.py --shared "$shared" --output "$1/all" --functions 0
-    mv "$1"/all/{predictable,gsm8k,tasks_heldout,heldout}.jsonl.gz "$1"/all/selfwritten_train-*.jsonl.gz "$1/"
+    # Half of the chat pairs: more are not seen once in as many steps as there is time for.
+    mv "$1"/all/{predictable,gsm8k,tasks_heldout,heldout,selfwritten_train-00}.jsonl.gz "$1/"
     rm -r "$1/all"
     cp "$shared/data/gsm8k/test.jsonl.gz" "$1/gsm8k_test.jsonl.gz"
     $PYTHON benchmarks/reasoning_data.py --output "$1"

@@ -35,13 +35,13 @@ def suite(sources: Sequence[Source]) -> list[str]:
 
 
 def suite_cost(sources: Sequence[Source]) -> list[str]:
-    """Tokens per forward and per second by benchmark."""
+    """Tokens per forward and per answer by benchmark. Tokens/s are left out: runs may have shared a GPU."""
     columns, titles = _suite(sources)
-    head = ["benchmark", *(f"{name}: {what}" for name in columns for what in ("tokens per forward", "tokens/s"))]
+    head = ["benchmark", *(f"{name}: {what}" for name in columns for what in ("tokens per forward", "tokens per answer"))]
     body = []
     for name, title in titles.items():
         of_column = [found.get(name, {}) for found in columns.values()]
-        body.append([title, *(cell for f in of_column for cell in (two(f.get("tokens_per_forward")), whole(f.get("tokens_per_second"))))])
+        body.append([title, *(cell for f in of_column for cell in (two(f.get("tokens_per_forward")), whole(f.get("tokens_per_answer"))))])
     return rows(head, body)
 
 
@@ -49,14 +49,24 @@ def comparison(sources: Sequence[Source]) -> list[str]:
     """Accuracy of every contender that was asked: mean over tasks, then each task."""
     runs = [run for run in _runs(sources, "contender") if "seeds" in run["settings"] and "mean_accuracy" in run["figures"]]
     names = list(dict.fromkeys(task for run in runs for task in run["settings"]["tasks"]))
-    head = ["", "seeds", "mean", "95 % interval", *names]
+    head = ["", "seeds", "problems", "mean", "95 % interval", *names]
     body = []
     for run in runs:
         figures = run["figures"]
         each = [percent(figures.get(f"accuracy_{name}")) for name in names]
-        body.append(
-            [run["label"], str(len(run["settings"]["seeds"])), percent(figures["mean_accuracy"]), interval(figures["mean_accuracy"]), *each]
-        )
+        counts = [str(len(run["settings"]["seeds"])), whole(sum(run["settings"]["num_problems"].values()))]
+        body.append([run["label"], *counts, percent(figures["mean_accuracy"]), interval(figures["mean_accuracy"]), *each])
+    return rows(head, body)
+
+
+def comparison_training(sources: Sequence[Source]) -> list[str]:
+    """What every model of the comparison was trained for, and its losses on held-out rows."""
+    head = ["", "steps", "examples", "seconds", "validation: AR", "validation: MDM"]
+    body = []
+    for run in _runs(sources, "trained"):
+        f = run["figures"]
+        losses = [three(f.get(f"validation_{term}")) for term in ("ar", "mdm")]
+        body.append([run["settings"]["trained"], *(whole(f.get(name)) for name in ("steps", "examples", "seconds")), *losses])
     return rows(head, body)
 
 
@@ -117,7 +127,8 @@ def published(sources: Sequence[Source]) -> list[str]:
 
 
 KINDS: dict[str, Callable[[Sequence[Source]], list[str]]] = {
-    "suite": suite, "suite-cost": suite_cost, "comparison": comparison, "comparison-cost": comparison_cost, "differences": differences,
+    "suite": suite, "suite-cost": suite_cost, "comparison": comparison, "comparison-cost": comparison_cost,
+    "comparison-training": comparison_training, "differences": differences,
     "ratios": ratios, "ablations": ablations, "published": published,
 }  # fmt: skip
 

@@ -5,8 +5,8 @@
 
 A table stands between `<!-- table:KIND FILE FILE="a title" -->` and `<!-- /table -->`. FILE is a result file's name without `.json`;
 every run of it becomes a row (a column in side-by-side). Kinds: chat, tasks, families, cpu, forward, serving, fusion,
-training, parity, side-by-side, and those of `comparison_tables`: suite, suite-cost, comparison, comparison-cost, differences, ratios,
-ablations, published.
+training, parity, side-by-side, and those of `comparison_tables`: suite, suite-cost, comparison, comparison-cost,
+comparison-training, differences, ratios, ablations, published.
 """
 
 from __future__ import annotations

@@ -40,6 +40,6 @@ for objective in $objectives; do
     echo "$name: $steps steps${resume:+, resumed}"
     python3 -m refusion train "$here/recipes/comparison/$objective.toml" --output "$run" --json $resume \
         --set "data.sources=$sources" --set "data.exclude=$exclude" --set "data.cache=$WORK/cache" --set "run.seed=$seed" \
-        --set "run.max_steps=$steps" "$@" > "$WORK/logs/comparison-$name.json" 2> >(tee -a "$WORK/logs/comparison-$name.log" | tail -n 3 >&2)
+        --set "run.max_steps=$steps" "$@" > "$WORK/logs/comparison-$name.json" 2> >(trap '' INT; tee -a "$WORK/logs/comparison-$name.log" | tail -n 3 >&2)  # a stopped run still says that it saved
     cp "$run/report.json" "$OUT/comparison-$name.json"
 done

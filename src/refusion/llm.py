@@ -93,7 +93,12 @@ class LLM:
         self.recommended: dict[str, Any] = _recommended(path, model.device.type)
         self._tokens_per_forward: float | None = self.recommended.pop("tokens_per_forward", None)
         self._choices = read_choices(self.recommended.pop("choices", ()))
-        self._trained_block_size = _trained_block_size(path)
+        objective = _trained_objective(path)
+        self.trained_objective: str | None = objective.get("name")
+        """What `refusion train` taught the checkpoint; None: nothing, or by other means."""
+        self._trained_block_size: int | None = (
+            objective.get("block_size", DEFAULT_BLOCK_SIZE) if self.trained_objective == "block_diffusion" else None
+        )
 
     @classmethod
     def from_pretrained(
@@ -415,11 +420,10 @@ def _recommended(path: Path, device: str) -> dict[str, Any]:
     return dict((block.get("slots") or {}).get(device) or {})
 
 
-def _trained_block_size(path: Path) -> int | None:
-    """Tokens of a block that the checkpoint was trained with, if it was by block diffusion."""
+def _trained_objective(path: Path) -> dict[str, Any]:
+    """The objective's settings in the checkpoint's `refusion` block; empty where it names none."""
     training = (read_json(path / "config.json").get("refusion") or {}).get("training") or {}
-    objective = training.get("objective") or {}
-    return objective.get("block_size", DEFAULT_BLOCK_SIZE) if objective.get("name") == "block_diffusion" else None
+    return dict(training.get("objective") or {})
 
 
 def _device(device: str) -> torch.device:

@@ -72,6 +72,22 @@ def test_arms_of_another_setting_are_not_mixed_in(script: Script, options: list[
     assert "measured with other settings" in err
     code, _out, err = script("ablations", *options, "--groups", "magic")
     assert (code, "unknown group 'magic'" in err) == (1, True)
+    code, _out, err = script("ablations", *options, "--arms", "magic*")
+    assert (code, err.count("\n"), "no arm is named 'magic*'" in err) == (1, 1, True)
+
+
+def test_arms_can_be_chosen_and_ordered(script: Script, options: list[object], tmp_path: Path) -> None:
+    arms = ("rules: paper acceptance, *", "slots: common", "rules: *")
+    code, _out, err = script("ablations", *options, "--arms", *arms, "--chat-rows", 0, "--speed-prompts", 0)
+    assert code == 0, err
+    labels = [run["settings"]["label"] for run in read_result(tmp_path / "out.json")["runs"]]
+    assert labels == [
+        "paper acceptance, paper correction",
+        "paper acceptance, autoregressive correction",
+        "common",
+        "argmax acceptance, paper correction",
+        "argmax acceptance, autoregressive correction",
+    ]
 
 
 def test_alternatives_of_the_checkpoint_are_left_out_where_the_correction_knows_none(

@@ -68,9 +68,9 @@ def test_all_is_measured_once_and_set_against_each_other(compare: Compare, tmp_p
     assert "refusion - autoregressive" in runs
     assert "refusion over autoregressive" in runs
     assert "tokens_per_second_chat_1" in runs["refusion_paper"]["figures"]
-    assert "mean_accuracy" not in runs["refusion_paper"]["figures"]  # only timed
     ours = runs["refusion"]
-    assert ours["settings"] == {"contender": "refusion", "seeds": [0, 1], "tasks": ["predictable", "gsm8k", "gcd"]}
+    counts = {"predictable": 2, "gsm8k": 2, "gcd": 2}
+    assert ours["settings"] == {"contender": "refusion", "seeds": [0, 1], "tasks": list(counts), "num_problems": counts}
     assert {"mean_accuracy", "accuracy_gcd", "chat_agreement", "chat_nll", "tokens_per_forward"} <= ours["figures"].keys()
     assert {"tokens_per_second_chat_1", "tokens_per_second_tasks_2"} <= ours["figures"].keys()
     assert runs["autoregressive"]["figures"]["chat_agreement"]["value"] == 1.0  # the base is the same model
@@ -79,10 +79,10 @@ def test_all_is_measured_once_and_set_against_each_other(compare: Compare, tmp_p
     ratio = runs["refusion over autoregressive"]["figures"]["speed_chat_1"]
     assert ratio["low"] <= ratio["value"] <= ratio["high"]
     assert set(content["settings"]["weights"]) == {"autoregressive-0", "refusion-0", "refusion-1"}
-    lines = (tmp_path / "state" / "answers.jsonl").read_text().splitlines()
+    lines = (tmp_path / "state" / "autoregressive.jsonl").read_text().splitlines()
     again = compare()
     assert again[0] == 0
-    assert (tmp_path / "state" / "answers.jsonl").read_text().splitlines() == lines  # nothing is asked twice
+    assert (tmp_path / "state" / "autoregressive.jsonl").read_text().splitlines() == lines  # nothing is asked twice
     assert again[2]["runs"] == content["runs"]
 
 
@@ -111,14 +111,48 @@ def test_ctrl_c_writes_what_there_is(compare: Compare, without_second_seed: None
 def test_answers_of_a_retrained_model_are_not_mixed_in(compare: Compare, without_second_seed: None, tmp_path: Path) -> None:
     only = ("--tasks", "gsm8k", "--contenders", "autoregressive", "--batch-sizes", 1)
     compare(*only)
-    before = len((tmp_path / "state" / "answers.jsonl").read_text().splitlines())
+    before = len((tmp_path / "state" / "autoregressive.jsonl").read_text().splitlines())
     final = tmp_path / "runs" / "autoregressive-0" / "final"
     config = json.loads((final / "config.json").read_text())
     _retrain(final)
     assert json.loads((final / "config.json").read_text()) == config
     _code, _err, content = compare(*only)
-    assert len((tmp_path / "state" / "answers.jsonl").read_text().splitlines()) == 2 * before
+    assert len((tmp_path / "state" / "autoregressive.jsonl").read_text().splitlines()) == 2 * before
     assert [run["settings"].get("seeds") for run in content["runs"] if run["label"] == "autoregressive"] == [[0]]
+
+
+def test_who_was_asked_fewer_problems_is_set_against_the_others_on_those(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import comparison  # type: ignore[import-not-found]  # a script of the benchmarks folder
+    import comparison_figures  # type: ignore[import-not-found]
+
+    contenders = [
+        comparison.Contender(name="autoregressive", objective="autoregressive", is_main=False),
+        comparison.Contender(name="block_diffusion", objective="block_diffusion"),
+        comparison.Contender(name="masked_diffusion", objective="masked_diffusion", num_problems=2),
+    ]
+    models = [comparison.Model(c.objective, 0, tmp_path / c.objective / "final", c.objective) for c in contenders]
+    (tmp_path / "block_diffusion").mkdir()
+    (tmp_path / "block_diffusion" / "report.json").write_text('{"steps": 400, "validation_mdm": 1.5, "output": "x"}')
+    task = comparison.Task("gcd", [{"family": "gcd"}] * 4, 8)
+    cost = {"num_tokens": 10, "num_forwards": 5, "is_cut": False}
+    rows = []
+    for model, rights in zip(models[1:], ([1.0, 0.0, 1.0, 1.0], [0.0, 0.0]), strict=True):
+        key = comparison_figures.key_of(model.objective, 0, model.sha256, "gcd")
+        rows += [{"task": key, "doc_id": i, "scores": {"right": right}, **cost} for i, right in enumerate(rights)]
+    for model, walls in zip(models, ([1.0, 1.0, 4.0], [], [2.0, 3.0]), strict=True):
+        key = comparison_figures.key_of(model.objective, 0, model.sha256, "speed_chat_1")
+        rows += [{"task": key, "doc_id": i, "scores": {"wall": wall}, **cost} for i, wall in enumerate(walls)]
+    result = comparison_figures.result(rows, models, contenders, [task], {})
+    runs = {run.label: run for run in result.runs}
+    assert result.settings["unfinished"] == []
+    assert runs["block_diffusion"].figures["accuracy_gcd"].value == 0.75
+    assert runs["masked_diffusion"].settings["num_problems"] == {"gcd": 2}
+    difference = runs["block_diffusion - masked_diffusion"]
+    assert (difference.settings["num_problems"], difference.figures["accuracy_gcd"].value) == ({"gcd": 2}, 0.5)
+    assert runs["training of block_diffusion-0"].figures == {"steps": 400, "validation_mdm": 1.5}
+    ratio = runs["masked_diffusion over autoregressive"].figures["speed_chat_1"]
+    assert ratio.value == (20 / 5) / (20 / 2)  # the first two prompts
 
 
 @pytest.mark.parametrize(

@@ -40,25 +40,25 @@ def save(path: Path, name: str, runs: list[Run]) -> None:
 
 
 def test_benchmarks_stand_side_by_side_with_the_mean_of_those_all_have(table: Table, tmp_path: Path) -> None:
-    def run(label: str, title: str, right: int, speed: float) -> Run:
+    def run(label: str, title: str, right: int, length: float) -> Run:
         figures = {
             "score": wilson(right, 100),
             "num_samples": 100,
             "tokens_per_forward": Interval(1.5, 1.4, 1.6),
-            "tokens_per_second": speed,
+            "tokens_per_answer": length,
         }
         return Run(label=label, settings={"title": title}, figures=figures)
 
-    save(tmp_path, "base-whole", [run("gsm8k", "GSM8K", 20, 1000.0), run("math", "MATH", 10, 1000.0)])
-    save(tmp_path, "base-part", [run("mmlu_pro", "MMLU-Pro", 30, 500.0)])
-    save(tmp_path, "ours", [run("gsm8k", "GSM8K", 40, 2000.0), run("mmlu_pro", "MMLU-Pro", 20, 800.0)])
+    save(tmp_path, "base-whole", [run("gsm8k", "GSM8K", 20, 100.0), run("math", "MATH", 10, 100.0)])
+    save(tmp_path, "base-part", [run("mmlu_pro", "MMLU-Pro", 30, 50.0)])
+    save(tmp_path, "ours", [run("gsm8k", "GSM8K", 40, 200.0), run("mmlu_pro", "MMLU-Pro", 20, 80.0)])
     files = 'base-whole="base" base-part="base" ours="ReFusion"'
     lines = table(f"suite {files}")
     assert lines[0] == "| benchmark | questions | base | ReFusion |"
     assert lines[2] == "| GSM8K | 100 | 20.0 % (13.3–28.9) | 40.0 % (30.9–49.8) |"
     assert lines[3] == "| MATH | 100 | 10.0 % (5.5–17.4) | – |"
     assert lines[5] == "| mean of 2 |  | 25.0 % | 30.0 % |"
-    assert table(f"suite-cost {files}")[2] == "| GSM8K | 1.50 | 1,000 | 1.50 | 2,000 |"
+    assert table(f"suite-cost {files}")[2] == "| GSM8K | 1.50 | 100 | 1.50 | 200 |"
 
 
 def test_the_comparison_has_rows_of_contenders_differences_and_ratios(table: Table, tmp_path: Path) -> None:
@@ -70,18 +70,24 @@ def test_the_comparison_has_rows_of_contenders_differences_and_ratios(table: Tab
         tmp_path,
         "comparison",
         [
+            Run(label="training of refusion-0", settings={"trained": "refusion-0"}, figures={"steps": 400, "validation_mdm": 1.25}),
             Run(label="refusion seed 0", settings={"contender": "refusion", "seed": 0}, figures=accuracy),
-            Run(label="refusion", settings={"contender": "refusion", "seeds": [0, 1], "tasks": ["gcd"]}, figures=accuracy | speed),
+            Run(
+                label="refusion",
+                settings={"contender": "refusion", "seeds": [0, 1], "tasks": ["gcd"], "num_problems": {"gcd": 1500}},
+                figures=accuracy | speed,
+            ),
             Run(label="only timed", settings={"contender": "x", "seeds": [], "tasks": []}, figures={"tokens_per_second_chat_1": 80.0}),
             Run(label="refusion - y", settings={"first": "refusion", "second": "y", "tasks": ["gcd"]}, figures=difference),
             Run(label="refusion over y", settings={"first": "refusion", "second": "y"}, figures=ratios),
         ],
     )
     assert table("comparison comparison") == [
-        "|  | seeds | mean | 95 % interval | gcd |",
-        "| :-- | --: | --: | --: | --: |",
-        "| refusion | 2 | 60.0 % | 55.0–65.0 | 70.0 % |",
+        "|  | seeds | problems | mean | 95 % interval | gcd |",
+        "| :-- | --: | --: | --: | --: | --: |",
+        "| refusion | 2 | 1,500 | 60.0 % | 55.0–65.0 | 70.0 % |",
     ]
+    assert table("comparison-training comparison")[2:] == ["| refusion-0 | 400 | – | – | – | 1.250 |"]
     cost = table("comparison-cost comparison")
     assert cost[0] == "|  | tokens per forward, tasks | chat | chat, batch 1: tokens/s | agreement | base NLL | own NLL |"
     assert cost[2:] == ["| refusion | 2.00 | – | 1,500 | 90.0 % | – | – |", "| only timed | – | – | 80 | – | – | – |"]

@@ -24,7 +24,8 @@ def prompts(tmp_path: Path) -> Path:
 def test_every_decoder_is_measured_at_every_batch_size(run_cli: RunCli, tiny_model_dir: Path, prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
     sizes = ("--batch-size", 1, "--batch-size", 3)
-    found = run_cli("bench", "--model", tiny_model_dir, *SHORT, *sizes, "--prompts", prompts, "--json", "--output", output)
+    named = [word for name in DECODERS for word in ("--decoder", name)]
+    found = run_cli("bench", "--model", tiny_model_dir, *SHORT, *sizes, *named, "--prompts", prompts, "--json", "--output", output)
     assert found.code == 0, found.err
     assert found.err == ""  # no progress without a terminal
     assert found.json == read_result(output)
@@ -58,6 +59,26 @@ def test_a_checkpoint_without_mask_token_is_measured_one_by_one(run_cli: RunCli,
     named = run_cli("bench", "--model", path, *SHORT, "--decoder", "refusion")
     assert named.code == 1
     assert "no mask token" in named.err
+
+
+@pytest.mark.parametrize(
+    ("objective", "decoders"),
+    [
+        (None, ["refusion", "autoregressive", "auto"]),
+        ("refusion", ["refusion", "autoregressive", "auto"]),
+        ("masked_diffusion", ["autoregressive", "masked_diffusion"]),
+        ("block_diffusion", ["autoregressive", "block_diffusion"]),
+    ],
+)
+def test_decoders_that_the_checkpoint_was_not_trained_for_are_measured_only_by_name(
+    run_cli: RunCli, edited_model: Callable[..., Path], prompts: Path, objective: str | None, decoders: list[str]
+) -> None:
+    path = edited_model(refusion=objective and {"training": {"objective": {"name": objective}}})
+    found = run_cli("bench", "--model", path, *SHORT, "--batch-size", 1, "--prompts", prompts, "--json")
+    assert found.code == 0, found.err
+    assert found.json["settings"]["decoders"] == decoders
+    named = run_cli("bench", "--model", path, *SHORT, "--batch-size", 1, "--decoder", "masked_diffusion", "--prompts", prompts, "--json")
+    assert named.json["settings"]["decoders"] == ["masked_diffusion"], named.err
 
 
 def test_json_lines_and_built_in_prompts(run_cli: RunCli, tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,23 @@ def test_bad_input_is_one_line(run_cli: RunCli, arguments: list[str], extra: lis
     assert found.code == code
     assert message in found.err
     assert "Traceback" not in found.err
+
+
+def test_wrong_columns_are_one_line(run_cli: RunCli, arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "data" / "gsm8k" / "test.jsonl").write_text('{"query": "x", "answer": "#### 1"}\n')
+    found = run_cli(*arguments, "--tasks", "gsm8k")
+    assert (found.code, found.err.count("\n")) == (1, 1), found.err
+    assert "row 1 of gsm8k has no column 'question' but query, answer" in found.err
+
+
+@pytest.mark.parametrize("decoder", ["masked_diffusion", "block_diffusion", "refusion"])
+def test_a_checkpoint_without_mask_token_is_one_line(
+    run_cli: RunCli, arguments: list[str], edited_model: Callable[..., Path], decoder: str
+) -> None:
+    path = edited_model(mask_token_id=None, max_position_embeddings=2048)
+    found = run_cli(*arguments, "--model", path, "--tasks", "gsm8k", "--decoder", decoder)
+    assert (found.code, found.err.count("\n")) == (1, 1), found.err
+    assert "no mask token" in found.err
 
 
 def test_an_interrupted_run_says_how_to_go_on(run_cli: RunCli, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

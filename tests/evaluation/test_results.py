@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from refusion.errors import DataError
-from refusion.evaluation.results import FIELDS, Result, Run, read_result, write_result
+from refusion.evaluation.results import FIELDS, Result, Run, command_line, read_result, write_result
 from refusion.evaluation.statistics import Interval
 
 
@@ -32,3 +33,22 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(DataError, match=reason):
             read_result(path)
+
+
+def test_a_command_names_no_folder_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORK", "/scratch/a/")
+    monkeypatch.setenv("OUT", "/scratch/a/out")
+    words = [
+        "/somewhere/tasks.py",
+        "--model",
+        "/scratch/a/runs/x",
+        "--output",
+        "/scratch/a/out/t.json",
+        "--data",
+        "/scratch/abc",
+        "/scratch/a",
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    assert command_line() == "python tasks.py --model $WORK/runs/x --output $OUT/t.json --data /scratch/abc $WORK"
+    monkeypatch.setattr(sys, "argv", ["/site/refusion/__main__.py", "bench", "--json"])
+    assert command_line() == "refusion bench --json"

@@ -32,6 +32,8 @@ def test_the_recipes_of_the_comparison_differ_in_the_objective_alone() -> None:
         changed = changed_settings(recipes[0].to_table(), recipe.to_table())
         assert all(name.startswith("objective.") or name == "run.output" for name in changed)
         assert recipe.run.output == f"runs/comparison/{recipe.objective.name}-0"
+    padded = {recipe.objective.name: recipe.objective.pad_answers for recipe in recipes if recipe.objective.pad_answers}
+    assert padded == {"masked_diffusion": 256, "block_diffusion": 32}  # the regions that decoding fills
 
 
 def test_the_paper_recipe_is_the_papers() -> None:

@@ -23,7 +23,7 @@ BAR_WIDTH = 40
 def command(
     model: options.Model = DEFAULT_MODEL,
     decoder: Annotated[
-        list[str] | None, typer.Option(help="Only this decoder; may be repeated. Default: all the checkpoint supports.")
+        list[str] | None, typer.Option(help="Only this decoder; may be repeated. Default: all the checkpoint was trained for.")
     ] = None,
     batch_size: Annotated[
         list[int] | None, typer.Option(help="Prompts decoded together; may be repeated. Default: 1, 8 and 32 on a GPU, 1 on a CPU.")

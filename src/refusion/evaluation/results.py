@@ -137,8 +137,20 @@ def commit() -> str:
     return head + ("+dirty" if changed.strip() else "")
 
 
+PLACES = ("WORK", "OUT", "DATA", "SUITE")
+"""Environment variables of the scripts in benchmarks/ that say where things are on a machine."""
+
+
 def command_line() -> str:
-    return " ".join(["python", *(Path(sys.argv[0]).name if i == 0 else arg for i, arg in enumerate(sys.argv))])
+    """As it was given; the scratch folders of a machine by the variables that name them."""
+    places = {path: f"${name}" for name in PLACES if (path := os.environ.get(name, "").rstrip("/"))}
+    script = Path(sys.argv[0]).name
+    words = ["refusion"] if script in ("__main__.py", "refusion") else ["python", script]
+    for word in sys.argv[1:]:
+        held = [path for path in places if word == path or word.startswith(f"{path}/")]
+        longest = max(held, key=len, default="")
+        words.append(places[longest] + word.removeprefix(longest) if longest else word)
+    return " ".join(words)
 
 
 def to_plain(value: Any) -> Any:

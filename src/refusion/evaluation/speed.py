@@ -17,7 +17,7 @@ from refusion.errors import CheckpointError, ConfigError, RefusionError
 from refusion.evaluation.load import Load, Server, comparison, cycled, run_of, take_turns
 from refusion.evaluation.results import Figure, Result, Run
 from refusion.evaluation.statistics import Interval
-from refusion.llm import DECODERS, LLM, EngineSettings, Prompt, SamplingParams, SlotParams
+from refusion.llm import DECODERS, DIFFUSION, LLM, EngineSettings, Prompt, SamplingParams, SlotParams
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 """Prompts of many kinds, one a line, for who brings none."""
@@ -30,7 +30,7 @@ class SpeedSettings:
     """What is measured, and for how long."""
 
     decoders: tuple[str, ...] = ()
-    """Contenders; empty: all that the checkpoint supports."""
+    """Contenders; empty: all that the checkpoint supports and was trained for."""
     batch_sizes: tuple[int, ...] = ()
     """Requests that run together, each >= 1; empty: 1, 8 and 32 on a GPU, 1 on a CPU."""
     seconds: float = 20.0
@@ -88,12 +88,18 @@ def measure_speed(
 
 
 def contenders(llm: LLM, settings: SpeedSettings) -> tuple[str, ...]:
-    """The decoders to measure: those named, or all that this checkpoint supports. Raises CheckpointError if it lacks a named one."""
+    """The decoders to measure: those named, or all that this checkpoint supports and was trained for.
+
+    A diffusion decoder over weights of another objective writes nonsense, and how fast nonsense comes depends on what it says; so does slot
+    decoding over the weights of a diffusion objective. Raises CheckpointError if a named one is not supported.
+    """
     if settings.decoders:
         for name in settings.decoders:
             _request(llm, name, settings)
         return tuple(dict.fromkeys(settings.decoders))
-    found = tuple(name for name in DECODERS if _is_supported(llm, name, settings))
+    objective = llm.trained_objective
+    known = ("autoregressive", objective) if objective in DIFFUSION else tuple(name for name in DECODERS if name not in DIFFUSION)
+    found = tuple(name for name in known if _is_supported(llm, name, settings))
     return found if set(found) != {"autoregressive", "auto"} else ("autoregressive",)  # nothing to choose from
 
 
