@@ -15,7 +15,7 @@ CHUNK = tl.constexpr(128)
 
 
 class RowPointers(NamedTuple):
-    """The decode rows of a forward: the arrays of `refusion.model.rows.Rows`, and what each row is judged by and draws with."""
+    """Pointers to the decode rows of a forward: the arrays of `refusion.model.rows.Rows`, and what each row is judged by and draws with."""
 
     token_ids: tl.tensor
     positions: tl.tensor
