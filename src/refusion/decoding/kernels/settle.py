@@ -163,7 +163,9 @@ def _settle(
     num_cached = tl.load(cached + seat)
     begin = tl.load(row_start + seat) - start
     num_there = tl.load(row_end + seat) - start - begin
+    pages = page_table + seat.to(tl.int64) * page_stride
 
+    # What becomes of the drafts.
     grid = block_grid(W, K, W_PADDED, K_PADDED)
     turn = read_turn(agenda, answer.token_ids, grid, W, K)
     at = find_rows(turn, begin, K, C, R, A, MOST_MASKS)
@@ -172,6 +174,7 @@ def _settle(
     end = first_eos(turn.drafts, grid, eos_ids, K, NUM_EOS)
     verdict = reach_verdict(turn, prefix, end, grid.slot, K, W_PADDED, FUSES_PLAN)
 
+    # What is drafted next, and what is kept.
     infill = follow_infill(turn, verdict, grid, C)
     fresh = fresh_cells(infill, grid, turn.left, at.candidates, num_rows, MOST_MASKS)
     next_drafts = draft_anew(turn.drafts, fresh, drawn, mask_id)
@@ -189,7 +192,6 @@ def _settle(
     is_new_plan = plan.takes[:, None] & grid.is_cell
     if R > 0:
         plan_runner_ups = load_runner_ups(drawn.runner_ups, plan.row, is_new_plan, 0, R, R_PADDED)
-    pages = page_table + seat.to(tl.int64) * page_stride
     kept_row, cache_row = _kept_rows(verdict.num_committed, grid, at.drafts, start, num_rows, num_cached, pages, num_pages, page_size)
     if CORRECTS:
         ends_whole, first_named = _named_behind(turn, verdict, grid, at.drafts, drawn, K, S)
@@ -205,8 +207,8 @@ def _settle(
         tl.debug_barrier()
         _put_named(answer, turn.window + grid.slot + 1, ends_whole, first_named, K)
         tl.debug_barrier()
-        has_first = tl.load(answer.lengths + turn.plan + grid.slot, mask=plan.takes, other=0) == 1  # the plan leaves it alone
-        is_overwritten &= ~(has_first[:, None] & (grid.place == 0))
+        has_first = tl.load(answer.lengths + turn.plan + grid.slot, mask=plan.takes, other=0) == 1
+        is_overwritten &= ~(has_first[:, None] & (grid.place == 0))  # the plan leaves the first token alone
         tl.debug_barrier()
     put_plan(answer, plan, is_overwritten, turn.plan, grid.slot)
     if R > 0:
@@ -231,7 +233,7 @@ def _settle(
     if turn.runs:
         write_agenda(agenda, answer.status, answer.lengths, next_phase, next_window, grid.slot, grid.is_slot, W, S, FUSES_PLAN)
 
-    tl.debug_barrier()
+    tl.debug_barrier()  # the agenda is read again
     out = report + seat.to(tl.int64) * report_stride
     report_progress(out, next_phase, num_forwards, at.num_needed - num_there, at.num_needed)
     report_agenda(out + REPORT_AGENDA, agenda, W)

@@ -10,12 +10,15 @@ With ROTATES queries and new keys come as the projection left them, and every pr
 several programs turn alike cost less than a kernel that turns them once. One program of every tile and head leaves the new rows behind.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from refusion.model.kernels.attention_config import MAX_SPLITS as _MAX_SPLITS
 from refusion.model.kernels.interpreter import repair
 from refusion.model.kernels.stream import INTERPRETED, ask, release, wait
+from refusion.model.segments import TRUNK as _TRUNK
 
 # C = committed tokens of a block, NEW = new rows of a block
 # G = query heads per key/value head, D = head dimension, Q = BLOCK * G: query rows of a tile, padded
@@ -23,6 +26,7 @@ from refusion.model.kernels.stream import INTERPRETED, ask, release, wait
 repair()
 
 MAX_SPLITS = tl.constexpr(_MAX_SPLITS)
+TRUNK = tl.constexpr(_TRUNK)
 
 
 # One binary for all buckets, whose index tensors may be slices: their lengths and alignment are nothing to compile for.
@@ -96,6 +100,7 @@ def attend_kernel(
     HAS_NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    rotation = Rotation(cos, sin, eps)
     # Tiles are the fastest axis: those of a seat run side by side and find its K/V in the L2 cache. Late tiles of a prompt, which see the
     # most, start first.
     tile, head, split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -118,35 +123,20 @@ def attend_kernel(
     group = lane % G_PADDED
     row = first + place
     is_row = (row < end) & (group < G)
-    my_segment = tl.load(segment + row, mask=is_row, other=0)
-    my_rank = tl.load(rank + row, mask=is_row, other=0)
-    my_parent = tl.load(parent + row, mask=is_row, other=0)
-    my_visible = tl.load(visible + row, mask=is_row, other=0)
+    mine = _load_view(segment, rank, parent, visible, row, is_row)
     my_position = tl.load(positions + row, mask=is_row, other=0) if ROTATES else row
 
     head_keys = keys + head * page_head_stride
     head_values = values + head * page_head_stride
-    inner = (column * page_row_stride)[:, None] + dim[None, :]  # [C, D], where a block lies in one page
+    inner = (column * page_row_stride)[:, None] + dim[None, :]  # here: reckoned in the loop it costs registers
     if EAGER:
-        if PDL and PAGE % C == 0:  # noqa: SIM102 - one is a constant, the other is not
-            if (split * C < num_cached) & (seat >= 0):
-                per_line: tl.constexpr = 1024 // keys.dtype.element_ty.primitive_bitwidth
-                lines = tl.arange(0, D // per_line if per_line < D else 1) * per_line
-                start = (page.to(tl.int64) * PAGE + split * C % PAGE + column.to(tl.int64)) * page_row_stride
-                ask((head_keys + start[:, None] + lines[None, :]).to(tl.int64))
-                ask((head_values + start[:, None] + lines[None, :]).to(tl.int64))
+        if PDL and PAGE % C == 0 and ((split * C < num_cached) & (seat >= 0)):
+            _ask_for_block(head_keys, head_values, page, split, column, page_row_stride, PAGE, C, D)
         wait(PDL, LATE)
 
     inside = (head * G + group)[:, None] * D + dim[None, :]  # [Q, D], place inside a row of `query` and `out`
-    if CLEAR:  # noqa: SIM102 - as above
-        if split == num_splits - 1:  # padding rows are in no tile: every tile clears those among its share of all rows
-            for start in range(tile * BLOCK, num_rows, tl.num_programs(0) * BLOCK):
-                cleared = start + place
-                is_padding = (place < BLOCK) & (group < G) & (cleared < num_rows)
-                is_padding &= tl.load(row_seat + cleared, mask=is_padding, other=0) < 0
-                tl.store(
-                    out + cleared[:, None] * query_row_stride + inside, tl.zeros([Q, D], out.dtype.element_ty), mask=is_padding[:, None]
-                )
+    if CLEAR and split == num_splits - 1:
+        _clear_padding(out, row_seat, tile * BLOCK, num_rows, place, group < G, query_row_stride, inside, BLOCK, Q, D)
     if seat < 0:
         return
 
@@ -163,21 +153,16 @@ def attend_kernel(
     num_parts = tl.minimum(num_splits, cached_blocks + prompt_blocks + decode_blocks)  # programs that have a block at all
     head_new_keys = new_keys + head * new_head_stride
     head_new_values = new_values + head * new_head_stride
-    if ROTATES:  # noqa: SIM102 - as above
-        if split == num_splits - 1:  # which has the fewest blocks
-            mine = first + tl.arange(0, BLOCK)
-            is_mine = mine < end
-            my_where = mine.to(tl.int64) * new_row_stride
-            position = tl.load(positions + mine, mask=is_mine, other=0)
-            kept = (mine.to(tl.int64) * kept_row_stride)[:, None] + head * kept_head_stride + dim[None, :]
-            kept_key = _rotated(head_new_keys, my_where, is_mine, position, cos, sin, k_norm, eps, HAS_NORM, D)
-            tl.store(kept_keys + kept, kept_key, mask=is_mine[:, None])
-            tl.store(kept_values + kept, _load(head_new_values, my_where, is_mine, dim), mask=is_mine[:, None])
+    if ROTATES and split == num_splits - 1:  # which has the fewest blocks
+        _keep_new_rows(
+            kept_keys, kept_values, kept_row_stride, head * kept_head_stride,
+            head_new_keys, head_new_values, new_row_stride, first, end, positions, rotation, k_norm, HAS_NORM, BLOCK, D,
+        )  # fmt: skip
     if split >= num_parts:
         return
     if ROTATES:
         my_query = row.to(tl.int64) * query_row_stride + (head * G + group) * D
-        asked = _rotated(query, my_query, is_row, my_position, cos, sin, q_norm, eps, HAS_NORM, D)  # [Q, D]
+        asked = _rotated(query, my_query, is_row, my_position, rotation, q_norm, HAS_NORM, D)  # [Q, D]
     else:
         asked = tl.load(query + row[:, None] * query_row_stride + inside, mask=is_row[:, None], other=0.0)
     best = tl.full([Q], float("-inf"), tl.float32)
@@ -194,52 +179,130 @@ def attend_kernel(
         new_where = new.to(tl.int64) * new_row_stride
         if ROTATES:
             new_position = tl.load(positions + new, mask=is_column, other=0)
-            new_key = _rotated(head_new_keys, new_where, is_column, new_position, cos, sin, k_norm, eps, HAS_NORM, D)
+            new_key = _rotated(head_new_keys, new_where, is_column, new_position, rotation, k_norm, HAS_NORM, D)
         else:
             new_key = _load(head_new_keys, new_where, is_column, dim)
         new_value = _load(head_new_values, new_where, is_column, dim)
-        its_segment = tl.load(segment + new, mask=is_column, other=-9)  # -9: nobody's segment, nobody's parent
-        its_rank = tl.load(rank + new, mask=is_column, other=0)
-        on_trunk = tl.load(is_trunk + new, mask=is_column, other=0) != 0
-        is_seen = (my_segment[:, None] == its_segment[None, :]) & (its_rank[None, :] <= my_rank[:, None])
-        is_seen |= (my_parent[:, None] == its_segment[None, :]) & (its_rank[None, :] < my_visible[:, None])
-        is_seen |= (my_parent[:, None] == -2) & on_trunk[None, :]  # segments.TRUNK
+        is_seen = _may_see(mine, segment, rank, is_trunk, new, is_column)
         is_seen = tl.where(is_decode, is_seen, new[None, :] <= last_seen[:, None])
-        new_scores = _dot(asked, tl.trans(new_key), tl.zeros([Q, NEW], tl.float32))
-        new_scores = tl.where(is_seen & is_column[None, :], new_scores, float("-inf"))
-        best, total, mixed = _fold(new_scores, new_value, scale, best, total, mixed)
+        best, total, mixed = _fold(asked, new_key, new_value, is_seen & is_column[None, :], scale, best, total, mixed)
 
     for block in tl.range(split, cached_blocks, num_splits):
         next_page = _page(pages, block + num_splits, column, num_pages, PAGE, C)  # a round ahead of its use
         is_there = block * C + column < num_cached
-        if PAGE % C == 0:
-            start = (page.to(tl.int64) * PAGE + block * C % PAGE) * page_row_stride
-            key = tl.load(head_keys + start + inner, mask=is_there[:, None], other=0.0)
-            value = tl.load(head_values + start + inner, mask=is_there[:, None], other=0.0)
-        else:
-            where = (page.to(tl.int64) * PAGE + (block * C + column) % PAGE) * page_row_stride
-            key = _load(head_keys, where, is_there, dim)
-            value = _load(head_values, where, is_there, dim)
+        key = _load_block(head_keys, page, block, column, inner, is_there, dim, page_row_stride, PAGE, C)
+        value = _load_block(head_values, page, block, column, inner, is_there, dim, page_row_stride, PAGE, C)
         page = next_page
-        scores = _dot(asked, tl.trans(key), tl.zeros([Q, C], tl.float32))
-        scores = tl.where(is_there[None, :], scores, float("-inf"))
-        best, total, mixed = _fold(scores, value, scale, best, total, mixed)
+        best, total, mixed = _fold(asked, key, value, is_there[None, :], scale, best, total, mixed)
     release(PDL, LATE)
 
     is_last = num_parts == 1
     if num_parts > 1:
-        part = owner * num_splits + split
-        tl.store(part_mixed + (part * Q + lane)[:, None] * D + dim[None, :], mixed, mask=is_row[:, None])
-        tl.store(part_best + part * Q + lane, best, mask=is_row)
-        tl.store(part_total + part * Q + lane, total, mask=is_row)
+        parts = Parts(part_mixed, part_best, part_total)
+        _put_part(parts, owner * num_splits + split, is_row, best, total, mixed, Q, D)
         tl.debug_barrier()  # all threads have stored before one of them says so
         is_last = tl.atomic_add(arrived + owner, 1, sem="acq_rel") == num_parts - 1
         if is_last:
-            total, mixed = _merge(part_mixed, part_best, part_total, owner * num_splits, num_parts, is_row, Q, D, PARTS)
+            total, mixed = _merge(parts, owner * num_splits, num_parts, is_row, Q, D, PARTS)
             tl.store(arrived + owner, 0)  # for the next launch
     if is_last:
         mixed /= tl.where(total == 0.0, 1.0, total)[:, None]  # the rows that only fill the tile may have seen nothing
         tl.store(out + row[:, None] * query_row_stride + inside, mixed.to(out.dtype.element_ty), mask=is_row[:, None])
+
+
+class View(NamedTuple):
+    """What query rows see of the new rows: see `refusion.model.rows`. [Q]"""
+
+    segment: tl.tensor
+    rank: tl.tensor
+    parent: tl.tensor
+    visible: tl.tensor
+
+
+class Rotation(NamedTuple):
+    """How rows are normalised and rotated."""
+
+    cos: tl.tensor  # pointer to [positions, D / 2]
+    sin: tl.tensor
+    eps: tl.tensor
+
+
+class Parts(NamedTuple):
+    """Pointers to what the programs of a split tile leave for each other."""
+
+    mixed: tl.tensor  # [parts, Q, D]
+    best: tl.tensor  # [parts, Q]
+    total: tl.tensor  # [parts, Q]
+
+
+@triton.jit
+def _load_view(segment, rank, parent, visible, row, is_row):
+    """The `View` of `row` [Q]."""
+    return View(
+        tl.load(segment + row, mask=is_row, other=0),
+        tl.load(rank + row, mask=is_row, other=0),
+        tl.load(parent + row, mask=is_row, other=0),
+        tl.load(visible + row, mask=is_row, other=0),
+    )
+
+
+@triton.jit
+def _may_see(mine, segment, rank, is_trunk, column, is_column):
+    """[Q, NEW] which decode rows are seen: `refusion.model.rows.may_see`."""
+    its_segment = tl.load(segment + column, mask=is_column, other=-9)  # -9: nobody's segment, nobody's parent
+    its_rank = tl.load(rank + column, mask=is_column, other=0)
+    on_trunk = tl.load(is_trunk + column, mask=is_column, other=0) != 0
+    is_seen = (mine.segment[:, None] == its_segment[None, :]) & (its_rank[None, :] <= mine.rank[:, None])
+    is_seen |= (mine.parent[:, None] == its_segment[None, :]) & (its_rank[None, :] < mine.visible[:, None])
+    is_seen |= (mine.parent[:, None] == TRUNK) & on_trunk[None, :]
+    return is_seen
+
+
+@triton.jit
+def _ask_for_block(head_keys, head_values, page, block, column, page_row_stride, PAGE: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """Ask the L2 cache for the keys and values of a block that lies in one page."""
+    per_line: tl.constexpr = 1024 // head_keys.dtype.element_ty.primitive_bitwidth
+    lines = tl.arange(0, D // per_line if per_line < D else 1) * per_line
+    start = (page.to(tl.int64) * PAGE + block * C % PAGE + column.to(tl.int64)) * page_row_stride
+    ask((head_keys + start[:, None] + lines[None, :]).to(tl.int64))
+    ask((head_values + start[:, None] + lines[None, :]).to(tl.int64))
+
+
+@triton.jit
+def _clear_padding(
+    out, row_seat, first, num_rows, place, is_head, row_stride, inside, BLOCK: tl.constexpr, Q: tl.constexpr, D: tl.constexpr
+):
+    """Padding rows are in no tile: every tile clears those among its share of all rows, which begins at `first`."""
+    for start in range(first, num_rows, tl.num_programs(0) * BLOCK):
+        row = start + place
+        is_padding = (place < BLOCK) & is_head & (row < num_rows)
+        is_padding &= tl.load(row_seat + row, mask=is_padding, other=0) < 0
+        tl.store(out + row[:, None] * row_stride + inside, tl.zeros([Q, D], out.dtype.element_ty), mask=is_padding[:, None])
+
+
+@triton.jit
+def _keep_new_rows(
+    kept_keys, kept_values, kept_row_stride, kept_offset, new_keys, new_values, new_row_stride, first, end, positions, rotation, k_norm,
+    HAS_NORM: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Leave rows [first, end) of one head behind, their keys normalised and rotated."""
+    dim = tl.arange(0, D)
+    row = first + tl.arange(0, BLOCK)
+    is_row = row < end
+    where = row.to(tl.int64) * new_row_stride
+    position = tl.load(positions + row, mask=is_row, other=0)
+    kept = (row.to(tl.int64) * kept_row_stride)[:, None] + kept_offset + dim[None, :]
+    tl.store(kept_keys + kept, _rotated(new_keys, where, is_row, position, rotation, k_norm, HAS_NORM, D), mask=is_row[:, None])
+    tl.store(kept_values + kept, _load(new_values, where, is_row, dim), mask=is_row[:, None])
+
+
+@triton.jit
+def _put_part(parts, part, is_row, best, total, mixed, Q: tl.constexpr, D: tl.constexpr):
+    """Leave what this program has for the one that merges."""
+    lane, dim = tl.arange(0, Q), tl.arange(0, D)
+    tl.store(parts.mixed + (part * Q + lane)[:, None] * D + dim[None, :], mixed, mask=is_row[:, None])
+    tl.store(parts.best + part * Q + lane, best, mask=is_row)
+    tl.store(parts.total + part * Q + lane, total, mask=is_row)
 
 
 @triton.jit
@@ -258,13 +321,23 @@ def _page(pages, block, column, num_pages, PAGE: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def _load_block(head, page, block, column, inner, is_there, dim, row_stride, PAGE: tl.constexpr, C: tl.constexpr):
+    """[C, D] keys or values of a block of committed tokens; `inner` [C, D] is their place in a page from the first on."""
+    if PAGE % C == 0:
+        start = (page.to(tl.int64) * PAGE + block * C % PAGE) * row_stride
+        return tl.load(head + start + inner, mask=is_there[:, None], other=0.0)
+    else:
+        return _load(head, (page.to(tl.int64) * PAGE + (block * C + column) % PAGE) * row_stride, is_there, dim)
+
+
+@triton.jit
 def _load(head, where, is_column, dim):
     """[C, D] keys or values, zero where there is no column: a NaN would survive its weight of zero."""
     return tl.load(head + where[:, None] + dim[None, :], mask=is_column[:, None], other=0.0)
 
 
 @triton.jit
-def _rotated(source, where, is_there, position, cos, sin, gains, eps, HAS_NORM: tl.constexpr, D: tl.constexpr):
+def _rotated(source, where, is_there, position, rotation, gains, HAS_NORM: tl.constexpr, D: tl.constexpr):
     """[C, D] normalised (Qwen3) and rotated rows of one head, in the steps of `refusion.model.kernels.rotary`; zero where there is none.
 
     Every number is loaded beside the one it turns with, half a head away: the second time it comes from the L1 cache.
@@ -275,10 +348,10 @@ def _rotated(source, where, is_there, position, cos, sin, gains, eps, HAS_NORM: 
     dtype = numbers.dtype
     left, right = numbers.to(tl.float32), _load(source, where, is_there, other).to(tl.float32)
     angle = position[:, None] * (D // 2) + (dim % (D // 2))[None, :]
-    turn = tl.load(cos + angle, mask=is_there[:, None], other=0.0)
-    lift = tl.load(sin + angle, mask=is_there[:, None], other=0.0)
+    turn = tl.load(rotation.cos + angle, mask=is_there[:, None], other=0.0)
+    lift = tl.load(rotation.sin + angle, mask=is_there[:, None], other=0.0)
     if HAS_NORM:
-        scale = tl.rsqrt(tl.sum(left * left, 1) / D + eps)[:, None]
+        scale = tl.rsqrt(tl.sum(left * left, 1) / D + rotation.eps)[:, None]
         left = (left * scale).to(dtype).to(tl.float32) * tl.load(gains + dim).to(tl.float32)[None, :]
         right = (right * scale).to(dtype).to(tl.float32) * tl.load(gains + other).to(tl.float32)[None, :]
         left, right = left.to(dtype).to(tl.float32), right.to(dtype).to(tl.float32)
@@ -295,8 +368,10 @@ def _dot(left, right, acc):
 
 
 @triton.jit
-def _fold(scores, value, scale, best, total, mixed):
-    """Take a block of columns into the running softmax; `scores` [Q, C] are unscaled and -inf where nothing is seen."""
+def _fold(asked, key, value, is_seen, scale, best, total, mixed):
+    """Take a block of columns into the running softmax."""
+    scores = _dot(asked, tl.trans(key), tl.zeros([asked.shape[0], key.shape[0]], tl.float32))
+    scores = tl.where(is_seen, scores, float("-inf"))
     new_best = tl.maximum(best, tl.max(scores, 1) * scale)
     anchor = tl.where(new_best == float("-inf"), 0.0, new_best)  # a row that has seen nothing yet must not make -inf - -inf
     weight = tl.math.exp2(scores * scale - anchor[:, None])
@@ -307,10 +382,7 @@ def _fold(scores, value, scale, best, total, mixed):
 
 
 @triton.jit
-def _merge(
-    part_mixed, part_best, part_total, first_part, num_parts, is_row,
-    Q: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+def _merge(parts, first_part, num_parts, is_row, Q: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr):
     """Totals and mixed values of all parts of a tile and head, the parts in their order.
 
     The weights of the parts come first, from all maxima at once; no load waits for the sum of an earlier one then. Past L1, which may
@@ -320,8 +392,8 @@ def _merge(
     part = tl.arange(0, MAX_SPLITS)
     is_there = (part < num_parts)[:, None] & is_row[None, :]
     where = (first_part + part)[:, None] * Q + lane[None, :]
-    bests = tl.load(part_best + where, mask=is_there, other=float("-inf"), cache_modifier=".cg")  # [MAX_SPLITS, Q]
-    totals = tl.load(part_total + where, mask=is_there, other=0.0, cache_modifier=".cg")
+    bests = tl.load(parts.best + where, mask=is_there, other=float("-inf"), cache_modifier=".cg")  # [MAX_SPLITS, Q]
+    totals = tl.load(parts.total + where, mask=is_there, other=0.0, cache_modifier=".cg")
     best = tl.max(bests, 0)
     anchor = tl.where(best == float("-inf"), 0.0, best)
     total = tl.sum(totals * tl.math.exp2(bests - anchor[None, :]), 0)
@@ -330,7 +402,7 @@ def _merge(
         for step in tl.static_range(PARTS):  # unrolled: their loads are in flight together
             is_some = is_row & (start + step < num_parts)
             here = (first_part + start + step) * Q + lane
-            its_best = tl.load(part_best + here, mask=is_some, other=float("-inf"), cache_modifier=".cg")
-            its_mixed = tl.load(part_mixed + here[:, None] * D + dim[None, :], mask=is_some[:, None], other=0.0, cache_modifier=".cg")
+            its_best = tl.load(parts.best + here, mask=is_some, other=float("-inf"), cache_modifier=".cg")
+            its_mixed = tl.load(parts.mixed + here[:, None] * D + dim[None, :], mask=is_some[:, None], other=0.0, cache_modifier=".cg")
             mixed += its_mixed * tl.math.exp2(its_best - anchor)[:, None]
     return total, mixed
