@@ -81,7 +81,7 @@ def block_grid(W: tl.constexpr, K: tl.constexpr, W_PADDED: tl.constexpr, K_PADDE
 @triton.jit
 def read_turn(agenda, token_ids, grid, W: tl.constexpr, K: tl.constexpr):
     """The `Turn` that an agenda asked for."""
-    phase, window, plan = read_agenda(agenda)
+    phase, window, plan = read_agenda(agenda)  # pyright: ignore[reportGeneralTypeIssues]: to a type checker `tl.load` never returns
     runs = phase != DONE
     is_judging = (phase == VERIFY) | (phase == INFILL)
     verified = tl.load(agenda + AGENDA_VERIFIED + grid.slot, mask=grid.is_slot, other=-1).to(tl.int32)

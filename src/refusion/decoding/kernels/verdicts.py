@@ -72,7 +72,7 @@ def first_eos(tokens, grid, eos_ids, K: tl.constexpr, NUM_EOS: tl.constexpr):
 def is_eos(tokens, eos_ids, NUM_EOS: tl.constexpr):
     """Which tokens end an answer."""
     found = tokens == -1
-    for index in tl.static_range(NUM_EOS):
+    for index in tl.static_range(NUM_EOS):  # pyright: ignore[reportGeneralTypeIssues]: Triton unrolls it
         found |= tokens == tl.load(eos_ids + index).to(tl.int32)
     return found
 

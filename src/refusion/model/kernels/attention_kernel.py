@@ -10,23 +10,27 @@ With ROTATES queries and new keys come as the projection left them, and every pr
 several programs turn alike cost less than a kernel that turns them once. One program of every tile and head leaves the new rows behind.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
-from refusion.model.kernels.attention_config import MAX_SPLITS as _MAX_SPLITS
+from refusion.model.kernels.attention_blocks import (
+    Rotation,
+    ask_for_block,
+    find_page,
+    load_block,
+    load_columns,
+    load_rotated,
+    load_view,
+    may_see_rows,
+)
+from refusion.model.kernels.attention_softmax import Parts, fold, merge, put_part
 from refusion.model.kernels.interpreter import repair
-from refusion.model.kernels.stream import INTERPRETED, ask, release, wait
-from refusion.model.segments import TRUNK as _TRUNK
+from refusion.model.kernels.stream import release, wait
 
 # C = committed tokens of a block, NEW = new rows of a block
 # G = query heads per key/value head, D = head dimension, Q = BLOCK * G: query rows of a tile, padded
 
 repair()
-
-MAX_SPLITS = tl.constexpr(_MAX_SPLITS)
-TRUNK = tl.constexpr(_TRUNK)
 
 
 # One binary for all buckets, whose index tensors may be slices: their lengths and alignment are nothing to compile for.
@@ -112,7 +116,7 @@ def attend_kernel(
     some_seat = tl.maximum(seat, 0)  # programs of unused tiles must get as far as the wait: `launch` says why
     pages = page_table + some_seat * table_stride
     column = tl.arange(0, C)
-    page = _page(pages, split, column, num_pages, PAGE, C)
+    page = find_page(pages, split, column, num_pages, PAGE, C)
     num_cached = tl.load(cached + some_seat)
     prompt_first, prompt_stop = tl.load(prompt_start + some_seat), tl.load(prompt_end + some_seat)
     decode_first, decode_stop = tl.load(row_start + some_seat), tl.load(row_end + some_seat)
@@ -123,7 +127,7 @@ def attend_kernel(
     group = lane % G_PADDED
     row = first + place
     is_row = (row < end) & (group < G)
-    mine = _load_view(segment, rank, parent, visible, row, is_row)
+    mine = load_view(segment, rank, parent, visible, row, is_row)
     my_position = tl.load(positions + row, mask=is_row, other=0) if ROTATES else row
 
     head_keys = keys + head * page_head_stride
@@ -131,7 +135,7 @@ def attend_kernel(
     inner = (column * page_row_stride)[:, None] + dim[None, :]  # here: reckoned in the loop it costs registers
     if EAGER:
         if PDL and PAGE % C == 0 and ((split * C < num_cached) & (seat >= 0)):
-            _ask_for_block(head_keys, head_values, page, split, column, page_row_stride, PAGE, C, D)
+            ask_for_block(head_keys, head_values, page, split, column, page_row_stride, PAGE, C, D)
         wait(PDL, LATE)
 
     inside = (head * G + group)[:, None] * D + dim[None, :]  # [Q, D], place inside a row of `query` and `out`
@@ -162,7 +166,7 @@ def attend_kernel(
         return
     if ROTATES:
         my_query = row.to(tl.int64) * query_row_stride + (head * G + group) * D
-        asked = _rotated(query, my_query, is_row, my_position, rotation, q_norm, HAS_NORM, D)  # [Q, D]
+        asked = load_rotated(query, my_query, is_row, my_position, rotation, q_norm, HAS_NORM, D)  # [Q, D]
     else:
         asked = tl.load(query + row[:, None] * query_row_stride + inside, mask=is_row[:, None], other=0.0)
     best = tl.full([Q], float("-inf"), tl.float32)
@@ -179,93 +183,35 @@ def attend_kernel(
         new_where = new.to(tl.int64) * new_row_stride
         if ROTATES:
             new_position = tl.load(positions + new, mask=is_column, other=0)
-            new_key = _rotated(head_new_keys, new_where, is_column, new_position, rotation, k_norm, HAS_NORM, D)
+            new_key = load_rotated(head_new_keys, new_where, is_column, new_position, rotation, k_norm, HAS_NORM, D)
         else:
-            new_key = _load(head_new_keys, new_where, is_column, dim)
-        new_value = _load(head_new_values, new_where, is_column, dim)
-        is_seen = _may_see(mine, segment, rank, is_trunk, new, is_column)
+            new_key = load_columns(head_new_keys, new_where, is_column, dim)
+        new_value = load_columns(head_new_values, new_where, is_column, dim)
+        is_seen = may_see_rows(mine, segment, rank, is_trunk, new, is_column)
         is_seen = tl.where(is_decode, is_seen, new[None, :] <= last_seen[:, None])
-        best, total, mixed = _fold(asked, new_key, new_value, is_seen & is_column[None, :], scale, best, total, mixed)
+        best, total, mixed = fold(asked, new_key, new_value, is_seen & is_column[None, :], scale, best, total, mixed)
 
     for block in tl.range(split, cached_blocks, num_splits):
-        next_page = _page(pages, block + num_splits, column, num_pages, PAGE, C)  # a round ahead of its use
+        next_page = find_page(pages, block + num_splits, column, num_pages, PAGE, C)  # a round ahead of its use
         is_there = block * C + column < num_cached
-        key = _load_block(head_keys, page, block, column, inner, is_there, dim, page_row_stride, PAGE, C)
-        value = _load_block(head_values, page, block, column, inner, is_there, dim, page_row_stride, PAGE, C)
+        key = load_block(head_keys, page, block, column, inner, is_there, dim, page_row_stride, PAGE, C)
+        value = load_block(head_values, page, block, column, inner, is_there, dim, page_row_stride, PAGE, C)
         page = next_page
-        best, total, mixed = _fold(asked, key, value, is_there[None, :], scale, best, total, mixed)
+        best, total, mixed = fold(asked, key, value, is_there[None, :], scale, best, total, mixed)
     release(PDL, LATE)
 
     is_last = num_parts == 1
     if num_parts > 1:
         parts = Parts(part_mixed, part_best, part_total)
-        _put_part(parts, owner * num_splits + split, is_row, best, total, mixed, Q, D)
+        put_part(parts, owner * num_splits + split, is_row, best, total, mixed, Q, D)
         tl.debug_barrier()  # all threads have stored before one of them says so
         is_last = tl.atomic_add(arrived + owner, 1, sem="acq_rel") == num_parts - 1
         if is_last:
-            total, mixed = _merge(parts, owner * num_splits, num_parts, is_row, Q, D, PARTS)
+            total, mixed = merge(parts, owner * num_splits, num_parts, is_row, Q, D, PARTS)
             tl.store(arrived + owner, 0)  # for the next launch
     if is_last:
         mixed /= tl.where(total == 0.0, 1.0, total)[:, None]  # the rows that only fill the tile may have seen nothing
         tl.store(out + row[:, None] * query_row_stride + inside, mixed.to(out.dtype.element_ty), mask=is_row[:, None])
-
-
-class View(NamedTuple):
-    """What query rows see of the new rows: see `refusion.model.rows`. [Q]"""
-
-    segment: tl.tensor
-    rank: tl.tensor
-    parent: tl.tensor
-    visible: tl.tensor
-
-
-class Rotation(NamedTuple):
-    """How rows are normalised and rotated."""
-
-    cos: tl.tensor  # pointer to [positions, D / 2]
-    sin: tl.tensor
-    eps: tl.tensor
-
-
-class Parts(NamedTuple):
-    """Pointers to what the programs of a split tile leave for each other."""
-
-    mixed: tl.tensor  # [parts, Q, D]
-    best: tl.tensor  # [parts, Q]
-    total: tl.tensor  # [parts, Q]
-
-
-@triton.jit
-def _load_view(segment, rank, parent, visible, row, is_row):
-    """The `View` of `row` [Q]."""
-    return View(
-        tl.load(segment + row, mask=is_row, other=0),
-        tl.load(rank + row, mask=is_row, other=0),
-        tl.load(parent + row, mask=is_row, other=0),
-        tl.load(visible + row, mask=is_row, other=0),
-    )
-
-
-@triton.jit
-def _may_see(mine, segment, rank, is_trunk, column, is_column):
-    """[Q, NEW] which decode rows are seen: `refusion.model.rows.may_see`."""
-    its_segment = tl.load(segment + column, mask=is_column, other=-9)  # -9: nobody's segment, nobody's parent
-    its_rank = tl.load(rank + column, mask=is_column, other=0)
-    on_trunk = tl.load(is_trunk + column, mask=is_column, other=0) != 0
-    is_seen = (mine.segment[:, None] == its_segment[None, :]) & (its_rank[None, :] <= mine.rank[:, None])
-    is_seen |= (mine.parent[:, None] == its_segment[None, :]) & (its_rank[None, :] < mine.visible[:, None])
-    is_seen |= (mine.parent[:, None] == TRUNK) & on_trunk[None, :]
-    return is_seen
-
-
-@triton.jit
-def _ask_for_block(head_keys, head_values, page, block, column, page_row_stride, PAGE: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-    """Ask the L2 cache for the keys and values of a block that lies in one page."""
-    per_line: tl.constexpr = 1024 // head_keys.dtype.element_ty.primitive_bitwidth
-    lines = tl.arange(0, D // per_line if per_line < D else 1) * per_line
-    start = (page.to(tl.int64) * PAGE + block * C % PAGE + column.to(tl.int64)) * page_row_stride
-    ask((head_keys + start[:, None] + lines[None, :]).to(tl.int64))
-    ask((head_values + start[:, None] + lines[None, :]).to(tl.int64))
 
 
 @triton.jit
@@ -292,117 +238,11 @@ def _keep_new_rows(
     where = row.to(tl.int64) * new_row_stride
     position = tl.load(positions + row, mask=is_row, other=0)
     kept = (row.to(tl.int64) * kept_row_stride)[:, None] + kept_offset + dim[None, :]
-    tl.store(kept_keys + kept, _rotated(new_keys, where, is_row, position, rotation, k_norm, HAS_NORM, D), mask=is_row[:, None])
-    tl.store(kept_values + kept, _load(new_values, where, is_row, dim), mask=is_row[:, None])
-
-
-@triton.jit
-def _put_part(parts, part, is_row, best, total, mixed, Q: tl.constexpr, D: tl.constexpr):
-    """Leave what this program has for the one that merges."""
-    lane, dim = tl.arange(0, Q), tl.arange(0, D)
-    tl.store(parts.mixed + (part * Q + lane)[:, None] * D + dim[None, :], mixed, mask=is_row[:, None])
-    tl.store(parts.best + part * Q + lane, best, mask=is_row)
-    tl.store(parts.total + part * Q + lane, total, mask=is_row)
+    tl.store(kept_keys + kept, load_rotated(new_keys, where, is_row, position, rotation, k_norm, HAS_NORM, D), mask=is_row[:, None])
+    tl.store(kept_values + kept, load_columns(new_values, where, is_row, dim), mask=is_row[:, None])
 
 
 @triton.jit
 def _turn(split, before, num_splits):
     """First block whose turn is that of `split`, `before` blocks having been dealt out."""
     return (split + num_splits - before % num_splits) % num_splits
-
-
-@triton.jit
-def _page(pages, block, column, num_pages, PAGE: tl.constexpr, C: tl.constexpr):
-    """The page of a block, or the pages [C] of its columns; any page if the table ends before them."""
-    if PAGE % C == 0:
-        return tl.load(pages + tl.minimum(block * C // PAGE, num_pages - 1))
-    else:
-        return tl.load(pages + tl.minimum((block * C + column) // PAGE, num_pages - 1))
-
-
-@triton.jit
-def _load_block(head, page, block, column, inner, is_there, dim, row_stride, PAGE: tl.constexpr, C: tl.constexpr):
-    """[C, D] keys or values of a block of committed tokens; `inner` [C, D] is their place in a page from the first on."""
-    if PAGE % C == 0:
-        start = (page.to(tl.int64) * PAGE + block * C % PAGE) * row_stride
-        return tl.load(head + start + inner, mask=is_there[:, None], other=0.0)
-    else:
-        return _load(head, (page.to(tl.int64) * PAGE + (block * C + column) % PAGE) * row_stride, is_there, dim)
-
-
-@triton.jit
-def _load(head, where, is_column, dim):
-    """[C, D] keys or values, zero where there is no column: a NaN would survive its weight of zero."""
-    return tl.load(head + where[:, None] + dim[None, :], mask=is_column[:, None], other=0.0)
-
-
-@triton.jit
-def _rotated(source, where, is_there, position, rotation, gains, HAS_NORM: tl.constexpr, D: tl.constexpr):
-    """[C, D] normalised (Qwen3) and rotated rows of one head, in the steps of `refusion.model.kernels.rotary`; zero where there is none.
-
-    Every number is loaded beside the one it turns with, half a head away: the second time it comes from the L1 cache.
-    """
-    dim = tl.arange(0, D)
-    other = (dim + D // 2) % D
-    numbers = _load(source, where, is_there, dim)
-    dtype = numbers.dtype
-    left, right = numbers.to(tl.float32), _load(source, where, is_there, other).to(tl.float32)
-    angle = position[:, None] * (D // 2) + (dim % (D // 2))[None, :]
-    turn = tl.load(rotation.cos + angle, mask=is_there[:, None], other=0.0)
-    lift = tl.load(rotation.sin + angle, mask=is_there[:, None], other=0.0)
-    if HAS_NORM:
-        scale = tl.rsqrt(tl.sum(left * left, 1) / D + rotation.eps)[:, None]
-        left = (left * scale).to(dtype).to(tl.float32) * tl.load(gains + dim).to(tl.float32)[None, :]
-        right = (right * scale).to(dtype).to(tl.float32) * tl.load(gains + other).to(tl.float32)[None, :]
-        left, right = left.to(dtype).to(tl.float32), right.to(dtype).to(tl.float32)
-    lift = tl.where((dim < D // 2)[None, :], -lift, lift)
-    return (left * turn + right * lift).to(dtype)
-
-
-@triton.jit
-def _dot(left, right, acc):
-    """acc + left @ right."""
-    if INTERPRETED:  # which multiplies bfloat16 as if they were integers; float32 holds the same products exactly
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, acc, input_precision="ieee")
-
-
-@triton.jit
-def _fold(asked, key, value, is_seen, scale, best, total, mixed):
-    """Take a block of columns into the running softmax."""
-    scores = _dot(asked, tl.trans(key), tl.zeros([asked.shape[0], key.shape[0]], tl.float32))
-    scores = tl.where(is_seen, scores, float("-inf"))
-    new_best = tl.maximum(best, tl.max(scores, 1) * scale)
-    anchor = tl.where(new_best == float("-inf"), 0.0, new_best)  # a row that has seen nothing yet must not make -inf - -inf
-    weight = tl.math.exp2(scores * scale - anchor[:, None])
-    shrink = tl.math.exp2(best - anchor)
-    total = total * shrink + tl.sum(weight, 1)
-    mixed = _dot(weight.to(value.dtype), value, mixed * shrink[:, None])
-    return new_best, total, mixed
-
-
-@triton.jit
-def _merge(parts, first_part, num_parts, is_row, Q: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr):
-    """Totals and mixed values of all parts of a tile and head, the parts in their order.
-
-    The weights of the parts come first, from all maxima at once; no load waits for the sum of an earlier one then. Past L1, which may
-    hold what other programs have overwritten.
-    """
-    lane, dim = tl.arange(0, Q), tl.arange(0, D)
-    part = tl.arange(0, MAX_SPLITS)
-    is_there = (part < num_parts)[:, None] & is_row[None, :]
-    where = (first_part + part)[:, None] * Q + lane[None, :]
-    bests = tl.load(parts.best + where, mask=is_there, other=float("-inf"), cache_modifier=".cg")  # [MAX_SPLITS, Q]
-    totals = tl.load(parts.total + where, mask=is_there, other=0.0, cache_modifier=".cg")
-    best = tl.max(bests, 0)
-    anchor = tl.where(best == float("-inf"), 0.0, best)
-    total = tl.sum(totals * tl.math.exp2(bests - anchor[None, :]), 0)
-    mixed = tl.zeros([Q, D], tl.float32)
-    for start in tl.range(0, num_parts, PARTS):
-        for step in tl.static_range(PARTS):  # unrolled: their loads are in flight together
-            is_some = is_row & (start + step < num_parts)
-            here = (first_part + start + step) * Q + lane
-            its_best = tl.load(parts.best + here, mask=is_some, other=float("-inf"), cache_modifier=".cg")
-            its_mixed = tl.load(parts.mixed + here[:, None] * D + dim[None, :], mask=is_some[:, None], other=0.0, cache_modifier=".cg")
-            mixed += its_mixed * tl.math.exp2(its_best - anchor)[:, None]
-    return total, mixed
