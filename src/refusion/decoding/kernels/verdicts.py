@@ -71,7 +71,7 @@ def first_eos(tokens, grid, eos_ids, K: tl.constexpr, NUM_EOS: tl.constexpr):
 @triton.jit
 def is_eos(tokens, eos_ids, NUM_EOS: tl.constexpr):
     """Which tokens end an answer."""
-    found = tokens == -1
+    found = tokens == -1  # no token
     for index in tl.static_range(NUM_EOS):  # pyright: ignore[reportGeneralTypeIssues]: Triton unrolls it
         found |= tokens == tl.load(eos_ids + index).to(tl.int32)
     return found
