@@ -47,6 +47,12 @@ def rows_needed(
 
 
 @triton.jit
+def read_agenda(agenda):
+    """The phase of the next forward, and the first slots of the block in work and of the block to plan."""
+    return tl.load(agenda).to(tl.int32), tl.load(agenda + 1).to(tl.int32), tl.load(agenda + 2).to(tl.int32)
+
+
+@triton.jit
 def group_rows(left, num_candidates, MOST: tl.constexpr):
     """Rows of the candidates 1, 2, ... `num_candidates` of a slot with `left` tokens to go: left - 1, left - 2, ..., none above MOST."""
     cut = tl.minimum(tl.maximum(left - MOST, 0), num_candidates)  # so many of them are above it

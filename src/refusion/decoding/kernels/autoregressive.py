@@ -12,7 +12,7 @@ import triton.language as tl
 
 from refusion.decoding.forward import Readout
 from refusion.decoding.kernels.constants import NO_PARENT
-from refusion.decoding.kernels.row_buffers import pad_rows, pad_tiles
+from refusion.decoding.kernels.row_buffers import RowPointers, TilePointers, pad_rows, pad_tiles, put_owner, put_rows, put_tiles
 from refusion.model.kernels.launch import launch
 from refusion.model.kernels.stream import wait
 from refusion.model.rows import Rows, Spans, Tiles
@@ -120,6 +120,10 @@ def _lay_out(
     PDL: tl.constexpr,
 ):
     wait(PDL)
+    rows = RowPointers(
+        token_ids, positions, seat_of, segment, rank, parent, visible, is_trunk, given_ids, seeds, attempts, num_rows
+    )  # fmt: skip
+    tiles = TilePointers(tile_seat, tile_first, tile_end, num_tiles)
     seat = tl.arange(0, B_PADDED)
     is_seat = seat < num_seats
     line = table + seat.to(tl.int64) * line_stride
@@ -129,27 +133,16 @@ def _lay_out(
     tl.store(row_start + seat, start + tl.minimum(row, num_rows), mask=is_seat)
     tl.store(row_end + seat, start + tl.minimum(last, num_rows), mask=is_seat)
     is_row = is_active & (row < num_rows)
+    token = tl.load(line + LAST_TOKEN, mask=is_row, other=0)
     position = tl.load(line + PROMPT_LENGTH, mask=is_row, other=0) + tl.load(line + NUM_TOKENS, mask=is_row, other=0) - 1
-    tl.store(token_ids + row, tl.load(line + LAST_TOKEN, mask=is_row, other=0), mask=is_row)
-    tl.store(positions + row, position, mask=is_row)
-    tl.store(seat_of + row, seat, mask=is_row)
-    tl.store(segment + row, 0, mask=is_row)
-    tl.store(rank + row, 0, mask=is_row)
-    tl.store(parent + row, NO_PARENT, mask=is_row)
-    tl.store(visible + row, 0, mask=is_row)
-    tl.store(is_trunk + row, 0, mask=is_row)
-    tl.store(given_ids + row, 0, mask=is_row)
-    tl.store(seeds + row, tl.load(line + SEED, mask=is_row, other=0), mask=is_row)
-    tl.store(attempts + row, 1, mask=is_row)
+    put_owner(rows, row, is_row, seat, seed=tl.load(line + SEED, mask=is_row, other=0), attempt=1)
+    put_rows(rows, row, is_row, token, position, segment=0, rank=0, parent=NO_PARENT, visible=0, is_trunk=0)
     total = tl.minimum(tl.sum(is_active.to(tl.int32), 0), num_rows)
-    pad_rows(token_ids, positions, seat_of, segment, rank, parent, visible, is_trunk, given_ids, seeds, attempts, total, num_rows, 0, 1)
+    pad_rows(rows, total, 0, 1)
     if HAS_TILES:
         tile = tile_start + row
-        is_tile = is_row & (tile < num_tiles)
-        tl.store(tile_seat + tile, seat, mask=is_tile)
-        tl.store(tile_first + tile, start + row, mask=is_tile)
-        tl.store(tile_end + tile, start + row + 1, mask=is_tile)
-        pad_tiles(tile_seat, tile_first, tile_end, tile_start + total, num_tiles, 0, 1)
+        put_tiles(tiles, tile, is_row & (tile < num_tiles), seat, first=start + row, end=start + row + 1)
+        pad_tiles(tiles, tile_start + total, 0, 1)
 
 
 @triton.jit(do_not_specialize=["num_seats", "start"])
