@@ -16,10 +16,10 @@ from refusion.engine.commits import commits
 from refusion.engine.core import Engine
 from refusion.engine.costs import CostTable
 from refusion.engine.network import FlatNetwork
-from refusion.engine.ops import PlainOps
+from refusion.engine.ops import LARGEST_TILE, PlainOps
 from refusion.engine.requests import Answer, lane_key
 from refusion.engine.runner import PromptRows
-from refusion.engine.shapes import PROMPT_ROWS, ROWS, SEATS, Shape, power_of_two, row_bucket
+from refusion.engine.shapes import LONG_CONTEXT, PROMPT_ROWS, ROWS, SEATS, Shape, power_of_two, row_bucket, tile_rows
 from refusion.engine.warm_up import Expected, wanted_shapes
 from refusion.errors import RequestError
 from refusion.model.quantize import QuantizedWeight, quantize
@@ -229,3 +229,13 @@ def test_a_moved_network_computes_with_the_weights_as_prepared(tiny_checkpoints:
     assert all(empty == (".weight" in name and "proj" in name) for name, empty in is_empty.items() if "lm_head" not in name)
     assert network.device.type == "cpu"
     assert isinstance(network.layers[0].qkv, QuantizedWeight)
+
+
+def test_tiles_are_small_where_rows_are_few_and_large_where_the_context_is_long() -> None:
+    short = [tile_rows(rows) for rows in (1, 16, 17, 64, 128, 4096)]
+    long = [tile_rows(rows, LONG_CONTEXT + 1) for rows in (1, 16, 17, 64, 128, 4096)]
+    assert short == sorted(short)
+    assert long == sorted(long)
+    assert all(wide >= narrow for narrow, wide in zip(short, long, strict=True))
+    assert max(long) == LARGEST_TILE  # what the workspace of the attention kernel has room for
+    assert tile_rows(64, LONG_CONTEXT) == tile_rows(64)

@@ -17,7 +17,7 @@ from refusion.engine.ops import TritonOps
 from refusion.engine.runner import Runner
 from refusion.engine.scheduler import Limits
 from refusion.engine.settings import EngineSettings
-from refusion.engine.shapes import LONE_TILE_ROWS, PROMPT_ROWS, TILE_ROWS, Shape, at_least, power_of_two
+from refusion.engine.shapes import PROMPT_ROWS, TILE_ROWS, Shape, at_least, power_of_two
 from refusion.errors import RequestError
 from refusion.model.config import ModelConfig
 from refusion.model.cpu import CpuOps
@@ -58,7 +58,7 @@ def build_engine(
         banned_ids=banned_ids,
         mask_id=network.config.mask_token_id,
         use_kernels=device.type == "cuda",
-        lone_tile_rows=TILE_ROWS if settings.batch_invariant else LONE_TILE_ROWS,
+        has_fixed_tiles=settings.batch_invariant,
         prefill_rows=min(prompt_rows, most_rows // 2),
     )
     measure = cache(costs or (lambda: measured_costs(network)))

@@ -80,8 +80,8 @@ class Ops(Protocol):
 class JoinedOps(Ops, Protocol):
     """Operations that can rotate and attend in one."""
 
-    def joins_rotation(self, num_rows: int) -> bool:
-        """Whether that is better in a forward of so many rows."""
+    def joins_rotation(self, num_rows: int, tile_rows: int) -> bool:
+        """Whether that is better in a forward of so many rows, in query tiles of `tile_rows`."""
         ...
 
     def rotate_and_attend(
@@ -167,7 +167,7 @@ class FlatNetwork:
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         eps = config.rms_norm_eps
         plan = ops.plan_attention(rows, spans, tiles)
-        joined = self._joined_ops if self._joined_ops and self._joined_ops.joins_rotation(rows.num_rows) else None
+        joined = self._joined_ops if self._joined_ops and self._joined_ops.joins_rotation(rows.num_rows, tiles.block) else None
         hidden = torch.nn.functional.embedding(rows.token_ids, self.embedding)
         for index, layer in enumerate(self.layers):
             qkv = ops.norm_linear(hidden, layer.input_norm, eps, layer.qkv, layer.qkv_bias)

@@ -15,6 +15,8 @@ from refusion.model.rows import Rows, Spans, Tiles
 LARGEST_TILE = 32  # rows of a query tile
 JOINED_ROWS = {64: 512, 128: 64}
 """By head dimension: up to so many rows attention turns queries and keys itself. Above, too many tiles turn the same keys."""
+JOINED_TILE = {64: 16, 128: 8}
+"""The same of the rows of a query tile: a program that turns many has too few registers left."""
 
 
 class PlainOps:
@@ -70,6 +72,7 @@ class TritonOps:
         self.readout, self.rotate_and_store = partial(readout.readout, config=cut), rotary.rotate_and_store
         self.store_rows, self.rotate_and_attend = store.store_rows, attention.rotate_and_attend
         self.joined_rows = 0 if self.is_batch_invariant else JOINED_ROWS.get(config.head_dim, 0)
+        self.joined_tile = JOINED_TILE.get(config.head_dim, 0)
         num_groups = config.num_attention_heads // config.num_key_value_heads
         if invariant_tiles is None:
             self._attend = attention.attend
@@ -84,8 +87,8 @@ class TritonOps:
     def prepare(self, weight: Tensor) -> Any:
         return weight if self.quantization is None else quantize(weight, self.quantization)
 
-    def joins_rotation(self, num_rows: int) -> bool:
-        return num_rows <= self.joined_rows
+    def joins_rotation(self, num_rows: int, tile_rows: int) -> bool:
+        return num_rows <= self.joined_rows and tile_rows <= self.joined_tile
 
     def plan_attention(self, rows: Rows, spans: Spans, tiles: Tiles) -> Any:
         return self.workspace

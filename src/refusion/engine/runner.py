@@ -18,7 +18,7 @@ from refusion.decoding.forward import Readout
 from refusion.decoding.rounds import sampled_readout
 from refusion.engine.lanes import Captured, Lane, LaneKey, new_lane
 from refusion.engine.network import FlatNetwork, KeyValues
-from refusion.engine.shapes import LONE_TILE_ROWS, PROMPT_ROWS, TILE_ROWS, Shape, at_least, row_bucket
+from refusion.engine.shapes import LONE_TILE_ROWS, PROMPT_ROWS, TILE_ROWS, Shape, at_least, row_bucket, tile_rows
 from refusion.errors import RequestError
 from refusion.model.rows import PADDING, PROMPT, Rows
 
@@ -81,17 +81,17 @@ class Runner:
         banned_ids: Tensor,
         mask_id: int | None,
         use_kernels: bool,
-        lone_tile_rows: int = LONE_TILE_ROWS,
+        has_fixed_tiles: bool = False,
         prefill_rows: int = 512,
     ) -> None:
         """max_rows: most rows of one forward, prompt rows included. use_kernels: Triton for the decisions too (needs a GPU).
 
-        lone_tile_rows: of a query tile where every request has one row. prefill_rows: prompt tokens of one forward in lanes whose
+        has_fixed_tiles: query tiles of TILE_ROWS rows in all forwards. prefill_rows: prompt tokens of one forward in lanes whose
         decoder itself runs the prompt.
         """
         self.network, self.page_size, self.num_pages = network, page_size, num_pages
         self.max_seats, self.pages_per_seat, self.max_rows = max_seats, pages_per_seat, max_rows
-        self.lone_tile_rows, self.prefill_rows = lone_tile_rows, prefill_rows
+        self.has_fixed_tiles, self.prefill_rows = has_fixed_tiles, prefill_rows
         self.mask_id, self.banned_ids, self.use_kernels = mask_id, banned_ids, use_kernels
         self.device, self.is_cuda = network.device, network.device.type == "cuda"
         config = network.config
@@ -146,7 +146,8 @@ class Runner:
 
         Whatever was launched before must have ended. Raises `RequestError` if memory does not suffice.
         """
-        shape = self._shape(lane, num_seats, num_rows, 0 if prompt is None else len(prompt.token_ids), candidates)
+        num_prompt_rows = 0 if prompt is None else len(prompt.token_ids)
+        shape = self._shape(lane, num_seats, num_rows, num_prompt_rows, candidates, _longest(lane, num_seats))
         assert shape.num_prompt_rows + shape.num_rows <= self.max_rows, f"{shape} needs more than {self.max_rows} rows"
         try:
             lane.upload(num_seats)
@@ -162,18 +163,20 @@ class Runner:
 
         Whatever the report says, `num_rows` must suffice.
         """
-        shape = self._shape(lane, num_seats, num_rows, 0, candidates)
+        shape = self._shape(lane, num_seats, num_rows, 0, candidates, _longest(lane, num_seats))
         captured = lane.captured.get(shape)
         if self.is_cuda and (captured is None or captured.graph is None):
             return None
         return self._launch(lane, shape)
 
-    def warm(self, lane: Lane, *, num_seats: int, num_rows: int, num_prompt_rows: int, candidates: int) -> None:
+    def warm(self, lane: Lane, *, num_seats: int, num_rows: int, num_prompt_rows: int, candidates: int, num_cached: int = 0) -> None:
         """Make a shape ready: run it twice, so that it is compiled and captured. All seats must be retired: nothing changes.
+
+        num_cached: committed tokens of the longest context that it is for.
 
         Raises `RequestError` if memory does not suffice.
         """
-        shape = self._shape(lane, num_seats, num_rows, num_prompt_rows, candidates)
+        shape = self._shape(lane, num_seats, num_rows, num_prompt_rows, candidates, num_cached)
         if shape in lane.captured and lane.captured[shape].graph is not None:
             return
         try:
@@ -205,16 +208,19 @@ class Runner:
         first = torch.tensor(pages, dtype=torch.long, device=self.device)[:, None] * self.page_size
         return (first + torch.arange(self.page_size, device=self.device)).flatten()
 
-    def _shape(self, lane: Lane, num_seats: int, num_rows: int, num_prompt_rows: int, candidates: int) -> Shape:
+    def _shape(self, lane: Lane, num_seats: int, num_rows: int, num_prompt_rows: int, candidates: int, num_cached: int) -> Shape:
         if not self.is_cuda:
             return Shape(num_seats, num_prompt_rows, max(num_rows, 1), candidates, TILE_ROWS)
         num_prompt_rows = at_least(PROMPT_ROWS, num_prompt_rows)
         if lane.key.decoder == "autoregressive":
-            return Shape(num_seats, num_prompt_rows, num_seats, candidates, TILE_ROWS if num_prompt_rows else self.lone_tile_rows)
+            tile = tile_rows(num_prompt_rows + num_seats, num_cached) if num_prompt_rows else LONE_TILE_ROWS
+            return Shape(num_seats, num_prompt_rows, num_seats, candidates, TILE_ROWS if self.has_fixed_tiles else tile)
         rows = max(num_rows, 1)
         if num_prompt_rows:
             rows = max(rows, fewest_rows(lane.key, num_seats))
-        return Shape(num_seats, num_prompt_rows, row_bucket(rows, num_seats, has_prompt=num_prompt_rows > 0), candidates, TILE_ROWS)
+        rows = row_bucket(rows, num_seats, has_prompt=num_prompt_rows > 0)
+        tile = TILE_ROWS if self.has_fixed_tiles else tile_rows(num_prompt_rows + rows, num_cached)
+        return Shape(num_seats, num_prompt_rows, rows, candidates, tile)
 
     def _write_prompt(self, shape: Shape, prompt: PromptRows) -> None:
         """Leave the numbers of all prompt rows, the spans of the seats and the query tiles where the forward fetches them."""
@@ -346,6 +352,11 @@ class Runner:
 
     def _store(self, new: KeyValues, source: Tensor, target: Tensor) -> None:
         self.network.ops.store_rows(new.keys, new.values, self.pool.keys, self.pool.values, source, target)
+
+
+def _longest(lane: Lane, num_seats: int) -> int:
+    """Committed tokens of the longest context."""
+    return int(lane.cached_host[:num_seats].max())
 
 
 def _num_kept(lane: Lane, shape: Shape) -> int:

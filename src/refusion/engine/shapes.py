@@ -4,9 +4,11 @@ from bisect import bisect_left
 from typing import NamedTuple
 
 TILE_ROWS = 16
-"""Rows of a query tile."""
+"""Rows of a query tile, where one number must do for all shapes."""
 LONE_TILE_ROWS = 4
 """The same where every request has one row: the matrix units want no more."""
+LONG_CONTEXT = 2048
+"""Committed tokens from which on reading them again for every tile costs more than few programs do."""
 SEATS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PROMPT_ROWS = (0, 32, 128, 512, 2048, 8192)
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -39,6 +41,16 @@ def at_least(sizes: tuple[int, ...], size: int) -> int:
     """The smallest of the sizes that holds `size`; `size` itself if none does."""
     place = bisect_left(sizes, size)
     return sizes[place] if place < len(sizes) else size
+
+
+def tile_rows(num_rows: int, num_cached: int = 0) -> int:
+    """Rows of a query tile in a forward of so many, the longest context being `num_cached`: what an H100 was fastest with.
+
+    Small tiles make more programs and shorter merges, large ones read the context less often (`results/attention-cuts-h100.json`).
+    """
+    if num_cached > LONG_CONTEXT:
+        return 16 if num_rows <= 64 else 32
+    return 4 if num_rows <= 16 else 8 if num_rows <= 112 else 16
 
 
 def power_of_two(size: int) -> int:

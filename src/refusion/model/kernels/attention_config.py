@@ -55,13 +55,13 @@ def _chosen(num_tiles: int, num_kv_heads: int, tile_rows: int, head_dim: int, dt
     splits = choose_splits(num_tiles, num_kv_heads, num_parts)
     if dtype.itemsize > 2:  # exact float32 products take their operands through registers
         return Config(splits, columns=32, new_columns=32, num_warps=8, num_stages=2)
-    num_programs = num_tiles * num_kv_heads * splits
-    is_crowded = num_programs > num_parts // 2  # two programs of a multiprocessor share its memory
-    # Eight warps and few columns need the fewest instructions (a third, for 64 rows of 128): what short contexts are paid by.
-    num_warps = 4 if is_crowded and 16 < tile_rows <= 64 else 8
-    columns = 64 if is_crowded or tile_rows > 16 else 128
+    is_crowded = num_tiles * num_kv_heads * splits > num_parts // 2  # two programs of a multiprocessor share its memory
+    # Swept on an H100 (results/attention-*-h100.json). Eight warps hide the look-ups of tiny tiles and bring wide heads faster.
+    is_medium = 16 < tile_rows <= 64
+    num_warps = 4 if is_medium and (head_dim <= 64 or tile_rows > 32 or is_crowded) else 8
+    columns = 64 if is_crowded and tile_rows <= 64 else 128
     new_columns = 16 if tile_rows <= 16 else 32 if splits > 1 else 64  # tiles that small are those of seats with a row or few
-    num_stages = 3 if is_crowded and tile_rows > 64 else 2
+    num_stages = 3 if tile_rows > 64 else 2
     return Config(splits, columns, new_columns, num_warps, num_stages, parts_at_a_time(tile_rows, head_dim, num_warps))
 
 
