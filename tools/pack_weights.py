@@ -1,10 +1,12 @@
 """Make the file of weights that a tuned named model ships as: quantised differences of a full fine-tuning, or a low-rank adapter.
 
     python tools/pack_weights.py --tuned runs/full/final --bits 3 --embedding-bits 0
+    python tools/pack_weights.py --tuned runs/one/final runs/further/final --shares 0.15 0.85 --bits 3 --embedding-bits 0
     python tools/pack_weights.py --adapter runs/lora/final
 
-The file is written to src/refusion/weights/NAME.safetensors; its size and its distance from the tuned weights are printed. The
-recommended slot settings stand beside it in NAME.json, which becomes the `refusion` block of the finished config.json.
+Of several tuned models the weighted mean is packed (Wortsman et al., Model soups, arXiv 2203.05482); shares that sum to less than 1 leave
+the rest to the base. The file is written to src/refusion/weights/NAME.safetensors; its size and its distance from the tuned weights are
+printed. The recommended slot settings stand beside it in NAME.json, which becomes the `refusion` block of the finished config.json.
 """
 
 from __future__ import annotations
@@ -59,19 +61,26 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--tuned", type=Path, help="checkpoint of a full fine-tuning")
+    source.add_argument("--tuned", type=Path, nargs="+", help="checkpoint of a full fine-tuning, or several to be averaged")
     source.add_argument("--adapter", type=Path, help="directory of a PEFT LoRA adapter")
+    parser.add_argument("--shares", type=float, nargs="+", default=None, help="of the tuned models; by default all alike")
     parser.add_argument("--base", default="smollm2-135m", help="named model that was tuned")
     parser.add_argument("--bits", type=int, default=3, choices=(1, 2, 3, 4), help="bits per linear weight")
     parser.add_argument("--embedding-bits", type=int, choices=(0, 1, 2, 3, 4), help="bits per embedding weight; 0: only the mask row")
     parser.add_argument("--group-size", type=int, default=128, help="weights that share a scale")
     parser.add_argument("--output", type=Path, default=WEIGHTS / "smollm2-135m-refusion.safetensors")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.shares = options.shares or [1 / len(options.tuned or [0])] * len(options.tuned or [])
+    if len(options.shares) != len(options.tuned or []):
+        parser.error(f"{len(options.shares)} shares for {len(options.tuned or [])} tuned models")
+    if min(options.shares, default=1.0) <= 0:
+        parser.error(f"shares must be above 0, not {options.shares}")
+    return options
 
 
 def _pack_tuned(options: argparse.Namespace, base: dict[str, Tensor], mask_token_id: int) -> dict[str, Tensor]:
     """Quantised differences, the mask token's row exact."""
-    tuned = {name: tensor for name, tensor in read_state_dict(options.tuned).items() if name in base or name != "lm_head.weight"}
+    tuned = _mean(options, base, mask_token_id)
     tensors = encode_deltas(
         base,
         tuned,
@@ -82,6 +91,25 @@ def _pack_tuned(options: argparse.Namespace, base: dict[str, Tensor], mask_token
     )
     _report_distance(base, tuned, apply_deltas(base, tensors))
     return tensors
+
+
+def _mean(options: argparse.Namespace, base: dict[str, Tensor], mask_token_id: int) -> dict[str, Tensor]:
+    """base + the weighted sum of the changes; of the mask token's row, which the base never learnt, the weighted mean."""
+    models = [
+        {name: tensor for name, tensor in read_state_dict(path).items() if name in base or name != "lm_head.weight"}
+        for path in options.tuned
+    ]
+    if len(models) == 1 and options.shares == [1.0]:
+        return models[0]
+    shares, mean = options.shares, dict[str, Tensor]()
+    for name, tensor in models[0].items():
+        from_base = base[name].float()
+        changed = from_base + sum(share * (model[name].float() - from_base) for share, model in zip(shares, models, strict=True))
+        if name == EMBEDDING:
+            rows = [share * model[name][mask_token_id].float() for share, model in zip(shares, models, strict=True)]
+            changed[mask_token_id] = torch.stack(rows).sum(0) / sum(shares)
+        mean[name] = changed.to(tensor.dtype)
+    return mean
 
 
 def _pack_adapter(path: Path) -> tuple[dict[str, Tensor], float]:

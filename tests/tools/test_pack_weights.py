@@ -34,6 +34,25 @@ def test_a_tuned_checkpoint_is_packed(base: Path, tmp_path: Path, capsys: pytest
     assert torch.equal(apply_deltas(weights, packed.tensors)["model.embed_tokens.weight"][5], tuned["model.embed_tokens.weight"][5])
 
 
+def test_of_several_tuned_checkpoints_the_weighted_mean_is_packed(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = load_file(base / "model.safetensors")
+    name, embedding = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
+    for change in (1.0, 3.0):
+        shutil.copytree(base, tmp_path / str(change))
+        tuned = {key: weight + change for key, weight in weights.items()}
+        save_file(tuned, tmp_path / str(change) / "model.safetensors", metadata={"format": "pt"})
+    models = ["--tuned", str(tmp_path / "1.0"), str(tmp_path / "3.0"), "--output", str(tmp_path / "packed"), "--base", str(base)]
+    assert pack_weights.main([*models, "--shares", "0.5", "0.25", "--bits", "4"]) == 0
+    restored = apply_deltas(weights, load_packed(tmp_path / "packed").tensors)
+    torch.testing.assert_close(restored[name], weights[name] + 1.25, atol=0.2, rtol=0)  # 4 bits
+    torch.testing.assert_close(restored["model.norm.weight"], weights["model.norm.weight"] + 1.25)
+    torch.testing.assert_close(restored[embedding][5], weights[embedding][5] + 5 / 3)  # the mask row takes no part of the base's
+    with pytest.raises(SystemExit) as stopped:
+        pack_weights.main([*models, "--shares", "1"])
+    assert stopped.value.code == 2
+    assert "1 shares for 2 tuned models" in capsys.readouterr().err
+
+
 def test_an_adapter_is_packed_in_bfloat16(base: Path, tmp_path: Path) -> None:
     module = "base_model.model.model.layers.0.mlp.up_proj"
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 8}')
