@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from refusion import LLM
 from refusion.evaluation.results import read_result
 from refusion.synthesis.jsonl import write_rows
 from refusion.synthesis.predictable import make
@@ -161,3 +164,34 @@ def test_rows_with_an_answer_and_gsm8k_rows_are_judged_by_their_final_answer(run
     code, _out, err = run("tasks", "--model", tiny_model_dir, "--data", path, *options, "--output", output)
     assert code == 1
     assert "it needs query, family" in err
+
+
+def test_drafts_on_given_text_are_those_of_a_row_of_their_own(run: Run, tmp_path: Path, tiny_model_dir: Path) -> None:
+    data, output = tmp_path / "pairs.jsonl", tmp_path / "forced.json"
+    rows = [{"query": "who", "response": "some words that stand here"}, {"query": "what", "response": "others"}]
+    write_rows(data, rows)
+    options = ["--base", tiny_model_dir, "--data", data, "--rows", "0:2", "--dtype", "float32", "--masks", 3]
+    code, _, err = run("teacher_forced", "--models", tiny_model_dir, *options, "--mixtures", "1", "0.5", "--output", output)
+    assert code == 0, err
+    itself, whole, half = (each["figures"] for each in read_result(output)["runs"])
+    assert itself["agreement"]["value"] == 1.0  # the model is its own base, and so is half of its change
+    assert itself == whole == half
+    num_accepted, num_groups = 0, 0
+    llm = LLM.from_pretrained(tiny_model_dir, dtype="float32")
+    for row in rows:
+        prompt, answer = llm.encode([{"role": "user", "content": row["query"]}]), [*llm.encode(row["response"]), llm.eos_ids()[0]]
+        known = _best(llm, [*prompt, *answer])[len(prompt) - 1 : -1]
+        for start in range(1, len(answer) - 1, 5):
+            drafts = _best(llm, [*prompt, *answer[:start], *[llm.config.mask_token_id] * 3])[-3:]
+            same = [draft == said for draft, said in zip(drafts, known[start:], strict=False)]
+            num_accepted += [*same, False].index(False)
+            num_groups += 1
+    assert itself["accepted"]["value"] == pytest.approx(num_accepted / num_groups)
+
+
+def _best(llm: LLM, ids: list[int]) -> list[int]:
+    """The argmax behind every token."""
+    model = AutoModelForCausalLM.from_pretrained(llm.path, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
+    return logits.index_fill(-1, llm.banned_ids(), -torch.inf).argmax(-1).tolist()
