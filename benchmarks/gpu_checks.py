@@ -19,6 +19,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def commands_of(name: str, args: argparse.Namespace) -> list[list[str]]:
     data = [] if args.data is None else ["--data", str(args.data)]
     model = ["--model", args.model, "--device", args.device]
     if name == "tests":
-        return [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *TESTS]]
+        side_by_side = ["-n", "4"] if find_spec("xdist") else []
+        return [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *side_by_side, *TESTS]]
     if name == "texts":
         counts = ["--num-prompts", str(args.num_prompts), "--max-tokens", str(args.max_tokens)]
         return [[sys.executable, __file__, "--run", "texts", *model, *data, *counts]]
