@@ -3,7 +3,7 @@
 Prompt and answer of a request lie side by side in one line of the seat table, masks where nothing is written yet, and every forward runs
 one stretch of that line. A row sees the cache and the rows of its seat with no higher rank: all ranks equal is bidirectional attention,
 the number of the block as rank is attention that is bidirectional inside a block and causal between blocks. Only the rows of the block in
-work are read. With `use_kernels`, `refusion.decoding.kernels.diffusion` does the same in one launch each for `lay_out` and `settle`.
+work are read. With `use_kernels`, `refusion.decoding.kernels.diffusion_layout` and `.diffusion_settle` do the same in one launch each.
 """
 
 # torch leaves the types of tolist open
@@ -179,7 +179,7 @@ class DiffusionRounds:
     ) -> None:
         assert rows.num_rows <= self.max_rows, f"{rows.num_rows} rows, but room for {self.max_rows}"
         if self.use_kernels:
-            from refusion.decoding.kernels.diffusion import lay_out  # triton is there only where there are kernels
+            from refusion.decoding.kernels.diffusion_layout import lay_out  # triton is there only where there are kernels
 
             lay_out(self, rows, spans, start=start, num_seats=num_seats, tiles=tiles, tile_start=tile_start)
             return
@@ -214,7 +214,7 @@ class DiffusionRounds:
     @torch.no_grad()
     def settle(self, readout: Readout, spans: Spans, *, num_seats: int, candidates: int) -> None:
         if self.use_kernels:
-            from refusion.decoding.kernels.diffusion import settle
+            from refusion.decoding.kernels.diffusion_settle import settle
 
             settle(self, readout, spans, num_seats=num_seats)
             return
