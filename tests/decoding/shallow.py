@@ -14,7 +14,8 @@ from flat import PAGE_SIZE, FlatForward
 from scripted import Row, Script, ScriptedCache, ScriptedForward
 from torch import Tensor
 
-from refusion.decoding.diffusion_rounds import NEXT_ROWS, DiffusionRounds
+from refusion.decoding.diffusion_report import NEXT_ROWS
+from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.forward import ForwardBatch, Readout, readout_logits
 from refusion.decoding.forward import Rows as ReadRows
 from refusion.decoding.rounds import NUM_ROWS, sampled_readout

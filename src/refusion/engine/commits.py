@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refusion.decoding.diffusion_rounds import PLACE, TOKENS, DiffusionRounds
+from refusion.decoding.diffusion_report import PLACE, TOKENS
+from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.params import SlotSettings
 from refusion.decoding.refusion_report import AGENDA, ReportColumns, group_rows
 from refusion.decoding.refusion_rounds import RefusionRounds

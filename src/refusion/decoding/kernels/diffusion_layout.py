@@ -14,12 +14,12 @@ from refusion.decoding.kernels.constants import NO_PARENT
 from refusion.decoding.kernels.diffusion_stretch import (
     BLOCKS,
     DUAL,
+    KINDS,
     NO_CACHE,
     NUM_DRAFTS,
     PROMPT_LENGTH,
     SEED,
     TEXT,
-    kind_of,
     next_stretch,
     read_progress,
 )
@@ -94,7 +94,7 @@ def lay_out(rounds: DiffusionRounds, rows: Rows, spans: Spans, *, start: int, nu
         rounds.prefill_rows,
         rounds.num_positions,
         K=rounds.block_size,
-        KIND=kind_of(rounds.params),
+        KIND=KINDS.index(rounds.kind.name),
         B_PADDED=triton.next_power_of_2(num_seats),
         TILE=0 if tiles is None else tiles.block,
         num_warps=4,

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import triton
 import triton.language as tl
 
-from refusion.decoding.diffusion_params import BlockDiffusionParams
+from refusion.decoding import diffusion_report
 from refusion.decoding.forward import Readout
 from refusion.decoding.kernels.diffusion_stretch import (
     BLOCKS,
     FIRST,
     IS_DONE,
+    KINDS,
     NO_CACHE,
     NUM_DRAFTS,
     NUM_FORWARDS,
@@ -24,7 +25,6 @@ from refusion.decoding.kernels.diffusion_stretch import (
     STEP,
     TEXT,
     Progress,
-    kind_of,
     next_stretch,
     read_progress,
 )
@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
 # K = tokens of a block, padded
 
-TOKENS = tl.constexpr(7)
-"""First column of a report's tokens."""
+TOKENS = tl.constexpr(diffusion_report.TOKENS)
 OTHERS = tl.constexpr(32)
 """Tokens of a block that are compared with all others at a time."""
 
@@ -59,6 +58,18 @@ class Verdict(NamedTuple):
     is_final: tl.tensor  # [K] it was a mask until now
     is_whole: tl.tensor  # nothing is masked any more
     has_ended: tl.tensor  # an EOS has everything before it written
+
+
+class Report(NamedTuple):
+    """A `refusion.decoding.diffusion_report.DiffusionReport` without the tokens, as its columns are ordered."""
+
+    is_done: tl.tensor
+    num_forwards: tl.tensor
+    overflow: tl.tensor
+    num_rows: tl.tensor
+    cached: tl.tensor
+    next_rows: tl.tensor
+    place: tl.tensor
 
 
 def settle(rounds: DiffusionRounds, readout: Readout, spans: Spans, *, num_seats: int) -> None:
@@ -84,9 +95,9 @@ def settle(rounds: DiffusionRounds, readout: Readout, spans: Spans, *, num_seats
         rounds.num_positions,
         K=rounds.block_size,
         K_PADDED=triton.next_power_of_2(rounds.block_size),
-        KIND=kind_of(params),
+        KIND=KINDS.index(rounds.kind.name),
         BY_THRESHOLD=params.threshold is not None,
-        STOPS_EARLY=isinstance(params, BlockDiffusionParams) or params.early_stop,
+        STOPS_EARLY=rounds.kind.stops_early,
         NUM_EOS=len(rounds.eos_ids),
         num_warps=4,
     )
@@ -154,15 +165,10 @@ def _settle(
     tl.store(line + NUM_FORWARDS, num_forwards.to(tl.int64))
     tl.store(line + IS_DONE, now.is_done.to(tl.int64))
     tl.store(cached + seat, now.cached)
-    columns = report + seat * report_stride
-    tl.store(columns, now.is_done)
-    tl.store(columns + 1, num_forwards)
-    tl.store(columns + 2, overflow)
-    tl.store(columns + 3, needed)
-    tl.store(columns + 4, now.cached)
-    tl.store(columns + 5, following.stop - following.start)
-    tl.store(columns + 6, tl.where(is_read, stretch.first - prompt_length, 0))
-    tl.store(columns + TOKENS + block.token, tl.where(is_final, verdict.after, -1), mask=block.token < K)
+    out = report + seat * report_stride
+    place = tl.where(is_read, stretch.first - prompt_length, 0)
+    put_report(out, Report(now.is_done, num_forwards, overflow, needed, now.cached, following.stop - following.start, place))
+    tl.store(out + TOKENS + block.token, tl.where(is_final, verdict.after, -1), mask=block.token < K)
 
 
 @triton.jit
@@ -235,3 +241,15 @@ def counts_as_forward(progress, stretch, prompt_length, KIND: tl.constexpr):
     if KIND >= BLOCKS:
         is_active = is_active & ((stretch.stop > stretch.first) | (progress.cached >= prompt_length))
     return is_active
+
+
+@triton.jit
+def put_report(out, report):
+    """Write all columns before the tokens."""
+    tl.store(out, report.is_done)
+    tl.store(out + 1, report.num_forwards)
+    tl.store(out + 2, report.overflow)
+    tl.store(out + 3, report.num_rows)
+    tl.store(out + 4, report.cached)
+    tl.store(out + 5, report.next_rows)
+    tl.store(out + 6, report.place)

@@ -1,6 +1,6 @@
 """Which positions a diffusion decoder forwards next: what both of its kernels ask about a seat.
 
-The plain twin is `refusion.decoding.diffusion_rounds`.
+The plain twin is `refusion.decoding.diffusion_kinds`.
 """
 
 # The kernels are Python that Triton reads; a type checker cannot.
@@ -11,21 +11,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from refusion.decoding.diffusion_params import BlockDiffusionParams, DiffusionParams
-
 # B = seats, K = tokens of a block
 
-# Columns of the table, as `refusion.decoding.diffusion_rounds.SCALARS` names them; the text follows.
+# Columns of the table, as `refusion.decoding.diffusion_state.SCALARS` names them; the text follows.
 PROMPT_LENGTH, SEED, END, FIRST, STEP, NUM_DRAFTS, NUM_FORWARDS, IS_DONE, TEXT = (tl.constexpr(column) for column in range(9))
+# Names of `refusion.decoding.diffusion_kinds`.
 KINDS = ("none", "prefix", "dual", "blocks", "blocks unfused")
 NO_CACHE, PREFIX, DUAL, BLOCKS, BLOCKS_UNFUSED = (tl.constexpr(kind) for kind in range(5))
-
-
-def kind_of(params: DiffusionParams) -> int:
-    """`KIND` of the kernels: masked diffusion by its cache, block diffusion by whether commits are fused."""
-    if isinstance(params, BlockDiffusionParams):
-        return KINDS.index("blocks" if params.fuse_commit else "blocks unfused")
-    return KINDS.index(params.cache)
 
 
 class Progress(NamedTuple):
