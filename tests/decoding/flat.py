@@ -14,9 +14,10 @@ import torch
 from scripted import Row, Script
 from torch import Tensor
 
+from refusion.decoding.flat_readout import sampled_readout
 from refusion.decoding.forward import Readout, readout_logits
 from refusion.decoding.forward import Rows as ReadRows
-from refusion.decoding.rounds import Rounds, SeatReport, sampled_readout
+from refusion.decoding.rounds import Rounds, SeatReport
 from refusion.decoding.sampling import Draw, cut_answer
 from refusion.engine.network import FlatNetwork, KeyValues
 from refusion.engine.ops import PlainOps

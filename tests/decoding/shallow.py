@@ -14,10 +14,12 @@ from flat import PAGE_SIZE, FlatForward
 from scripted import Row, Script, ScriptedCache, ScriptedForward
 from torch import Tensor
 
-from refusion.decoding.diffusion_rounds import NEXT_ROWS, DiffusionRounds
+from refusion.decoding.diffusion_report import NEXT_ROWS
+from refusion.decoding.diffusion_rounds import DiffusionRounds
+from refusion.decoding.flat_readout import sampled_readout
 from refusion.decoding.forward import ForwardBatch, Readout, readout_logits
 from refusion.decoding.forward import Rows as ReadRows
-from refusion.decoding.rounds import NUM_ROWS, sampled_readout
+from refusion.decoding.rounds import NUM_ROWS
 from refusion.decoding.sampling import Draw, cut_answer
 from refusion.model.rows import Rows, Spans, Tiles, may_see, plain_tiles
 

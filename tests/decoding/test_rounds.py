@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from scripted import ScriptedForward, hashed_language
 
 from refusion.decoding.autoregressive import AutoregressiveDecoder
+from refusion.decoding.autoregressive_rounds import AutoregressiveRounds
 from refusion.decoding.events import Event, seat_events, step_events
+from refusion.decoding.flat_readout import sampled_readout
 from refusion.decoding.forward import Rows, readout_logits
 from refusion.decoding.params import SamplingParams, SlotSettings
 from refusion.decoding.refusion import ReFusionDecoder
 from refusion.decoding.refusion_rounds import RefusionRounds
-from refusion.decoding.rounds import AutoregressiveRounds, sampled_readout
 from refusion.decoding.sampling import Draw
 from refusion.model.transformer import Transformer
 

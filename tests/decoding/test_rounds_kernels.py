@@ -17,10 +17,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, whose own functions read it too
 pytest.importorskip("triton")
 
+from refusion.decoding.autoregressive_rounds import AutoregressiveRounds
 from refusion.decoding.forward import Readout
 from refusion.decoding.params import SlotSettings
 from refusion.decoding.refusion_rounds import RefusionRounds
-from refusion.decoding.rounds import OVERFLOW, AutoregressiveRounds
+from refusion.decoding.rounds import OVERFLOW
 from refusion.decoding.state import INFILL, PLAN, REMASK, VERIFY
 from refusion.model.rows import Rows, Spans, Tiles
 

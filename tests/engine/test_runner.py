@@ -7,8 +7,8 @@ import pytest
 import torch
 from engines import Plain, is_idle, new_request, run
 
+from refusion.decoding.autoregressive_rounds import AutoregressiveRounds
 from refusion.decoding.params import SlotSettings
-from refusion.decoding.rounds import AutoregressiveRounds
 from refusion.engine.build import moved_network
 from refusion.engine.candidates import Candidates
 from refusion.engine.changes import QueuedTable

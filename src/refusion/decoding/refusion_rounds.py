@@ -18,7 +18,8 @@ from refusion.decoding.layout import build_grids, planned_slots
 from refusion.decoding.packing import Placement, pack_flat, put_rows, put_tiles
 from refusion.decoding.params import ALTERNATIVE_LENGTHS, SlotSettings
 from refusion.decoding.refusion_report import AGENDA, ReportColumns, rows_needed, seat_report
-from refusion.decoding.rounds import RowBuffers, SeatReport, cache_targets
+from refusion.decoding.rounds import SeatReport
+from refusion.decoding.row_buffers import RowBuffers, cache_targets
 from refusion.decoding.seats import SeatTable
 from refusion.decoding.settling import StepReport, settle_forward
 from refusion.decoding.state import CHOSEN, CLOSED, DONE, OPEN, PLAN, DecodeState

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refusion.decoding.diffusion_rounds import PLACE, TOKENS, DiffusionRounds
+from refusion.decoding.autoregressive_rounds import AutoregressiveRounds
+from refusion.decoding.diffusion_report import PLACE, TOKENS
+from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.params import SlotSettings
 from refusion.decoding.refusion_report import AGENDA, ReportColumns, group_rows
 from refusion.decoding.refusion_rounds import RefusionRounds
-from refusion.decoding.rounds import NUM_COMMON, NUM_FORWARDS, OVERFLOW, AutoregressiveRounds
+from refusion.decoding.rounds import NUM_COMMON, NUM_FORWARDS, OVERFLOW
 from refusion.decoding.state import DONE, INFILL, PLAN, REMASK, VERIFY
 
 # B = seats, R = report columns, N = committed tokens, W = slots of a block, K = tokens per slot, C = candidate lengths

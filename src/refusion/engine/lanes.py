@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refusion.decoding.autoregressive_rounds import AutoregressiveRounds
 from refusion.decoding.diffusion_params import DiffusionParams
 from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.params import SlotSettings
 from refusion.decoding.refusion_report import AGENDA
 from refusion.decoding.refusion_rounds import RefusionRounds
-from refusion.decoding.rounds import AutoregressiveRounds
 from refusion.decoding.state import DONE
 from refusion.engine.changes import QueuedTable
 from refusion.engine.shapes import Shape

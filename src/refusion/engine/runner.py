@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from refusion.decoding.diffusion_rounds import DiffusionRounds
+from refusion.decoding.flat_readout import sampled_readout
 from refusion.decoding.forward import Readout
-from refusion.decoding.rounds import sampled_readout
 from refusion.engine.lanes import Captured, Lane, LaneKey, new_lane
 from refusion.engine.network import FlatNetwork, KeyValues
 from refusion.engine.shapes import LONE_TILE_ROWS, PROMPT_ROWS, TILE_ROWS, Shape, at_least, row_bucket, tile_rows

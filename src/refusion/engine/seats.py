@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from refusion.decoding.diffusion_params import MaskedDiffusionParams
-from refusion.decoding.diffusion_rounds import CACHED, NEXT_ROWS, DiffusionRounds
+from refusion.decoding.diffusion_report import CACHED, NEXT_ROWS
+from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.refusion_report import most_rows
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import IS_DONE

@@ -18,7 +18,7 @@ from refusion.model.kernels.stream import wait
 from refusion.model.rows import Rows, Spans, Tiles
 
 if TYPE_CHECKING:
-    from refusion.decoding.rounds import AutoregressiveRounds
+    from refusion.decoding.autoregressive_rounds import AutoregressiveRounds
 
 # B = seats, T = decode rows
 

@@ -15,7 +15,10 @@ CHUNK = tl.constexpr(128)
 
 
 class RowPointers(NamedTuple):
-    """Pointers to the decode rows of a forward: the arrays of `refusion.model.rows.Rows`, and what each row is judged by and draws with."""
+    """Pointers to the decode rows of a forward: the arrays of `refusion.model.rows.Rows`, and what each row is judged by and draws with.
+
+    The latter, from `given_ids` to `attempts`, are None where rounds keep them by something else than the row.
+    """
 
     token_ids: tl.tensor
     positions: tl.tensor
@@ -45,7 +48,8 @@ def put_rows(rows, at, is_row, token, position, segment, rank, parent, visible, 
     """Write rows `at` where `is_row`; those past the last one have no room, and the seat's report says so."""
     is_row &= at < rows.num_rows
     tl.store(rows.token_ids + at, token, mask=is_row)
-    tl.store(rows.given_ids + at, given, mask=is_row)
+    if rows.given_ids is not None:
+        tl.store(rows.given_ids + at, given, mask=is_row)
     tl.store(rows.positions + at, position, mask=is_row)
     tl.store(rows.segment + at, segment, mask=is_row)
     tl.store(rows.rank + at, rank, mask=is_row)
@@ -58,8 +62,9 @@ def put_rows(rows, at, is_row, token, position, segment, rank, parent, visible, 
 def put_owner(rows, at, is_row, seat, seed, attempt):
     """Rows `at` belong to `seat` and draw with its noise."""
     tl.store(rows.seat + at, seat, mask=is_row)
-    tl.store(rows.seeds + at, seed, mask=is_row)
-    tl.store(rows.attempts + at, attempt, mask=is_row)
+    if rows.seeds is not None:
+        tl.store(rows.seeds + at, seed, mask=is_row)
+        tl.store(rows.attempts + at, attempt, mask=is_row)
 
 
 @triton.jit
