@@ -16,9 +16,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, whose own functions read it too
 pytest.importorskip("triton")
 
-from refusion.decoding.diffusion_params import BlockDiffusionParams, DiffusionParams, MaskedDiffusionParams
+from refusion.decoding.diffusion_params import BlockCache, BlockDiffusionParams, DiffusionParams, MaskedDiffusionParams
 from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.forward import Readout
+from refusion.decoding.kernels import diffusion_layout
 from refusion.decoding.rounds import OVERFLOW
 from refusion.model.rows import Rows, Spans, Tiles
 
@@ -40,10 +41,12 @@ PARAMS: dict[str, tuple[DiffusionParams, int]] = {
 class Side:
     """One implementation with everything it writes to."""
 
-    def __init__(self, params: DiffusionParams, block_size: int, num_seats: int, *, use_kernels: bool) -> None:
+    def __init__(
+        self, params: DiffusionParams, block_size: int, num_seats: int, *, use_kernels: bool, num_positions: int = NUM_POSITIONS
+    ) -> None:
         self.rounds = DiffusionRounds(
             params,
-            NUM_POSITIONS,
+            num_positions,
             num_seats,
             block_size=block_size,
             prefill_rows=6,
@@ -51,9 +54,9 @@ class Side:
             eos_ids=EOS_IDS,
             device=DEVICE,
             use_kernels=use_kernels,
-            max_rows=400,
+            max_rows=num_seats * num_positions,
         )
-        num_pages = NUM_POSITIONS // PAGE_SIZE
+        num_pages = num_positions // PAGE_SIZE
         nothing = [torch.zeros(num_seats, dtype=torch.int32, device=DEVICE) for _ in range(5)]
         pages = torch.randperm(num_seats * num_pages, generator=torch.Generator().manual_seed(2)).int().to(DEVICE)
         self.spans = Spans(*nothing, pages.view(num_seats, num_pages), PAGE_SIZE)
@@ -120,7 +123,7 @@ def test_kernels_do_what_the_plain_rounds_do(name: str) -> None:
             elif rng.random() < 0.02:
                 plain.rounds.retire(seat)
         running, start = int(rng.integers(1, num_seats + 1)), int(rng.integers(0, 4))
-        plain.lay_out(300, 0, running)
+        plain.lay_out(num_seats * NUM_POSITIONS, 0, running)
         num_rows = max(int(plain.spans.row_end[:running].max()), 1) + int(rng.integers(0, 5))
         readout = random_readout(num_seats * block_size, rng)
         for mine, theirs in zip(kernels.state().values(), plain.state().values(), strict=True):
@@ -134,6 +137,27 @@ def test_kernels_do_what_the_plain_rounds_do(name: str) -> None:
         assert not plain.rounds.report[:running, OVERFLOW].any()
         num_done += int(plain.rounds.table.column("is_done", running).sum())
     assert num_done > 0 or NUM_STEPS < 20
+
+
+@pytest.mark.parametrize("most_programs", [1, 5, 512])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_programs_of_a_seat_take_turns_with_its_rows(cache: BlockCache, most_programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusion_layout, "MOST_PROGRAMS", most_programs)
+    block_size, prompt_lengths = 150, (300, 1, 40)
+    params = MaskedDiffusionParams(block_size=block_size, steps=3, cache=cache)
+    plain, kernels = (Side(params, block_size, 3, use_kernels=use_kernels, num_positions=760) for use_kernels in (False, True))
+    rng = np.random.default_rng(5)
+    for side in (plain, kernels):
+        for seat, length in enumerate(prompt_lengths):
+            side.rounds.admit(seat, prompt_length=length, prompt_ids=[3] * length, seed=seat, max_tokens=310)
+    for num_rows in (1300, 1400, 200):  # the last has no room for all
+        readout = random_readout(3 * block_size, rng)
+        for side in (plain, kernels):
+            side.lay_out(num_rows, 2, 3)
+        check_equal(plain, kernels)
+        for side in (plain, kernels):
+            side.settle(readout, 3)
+        check_equal(plain, kernels)
 
 
 def test_rows_beyond_the_bucket_are_left_out_and_reported() -> None:

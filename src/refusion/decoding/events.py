@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from refusion.decoding.rounds import SeatReport, SlotNews
-from refusion.decoding.settling import StepReport
+from refusion.decoding.settling.step_report import StepReport
 from refusion.decoding.state import DONE, VERIFY
 
 Kind = Literal["planned", "verified", "infilled", "committed", "finished"]

@@ -15,7 +15,8 @@ from refusion.decoding.layout import build_grids
 from refusion.decoding.packing import Placement, pack_padded
 from refusion.decoding.params import SamplingParams, SlotSettings
 from refusion.decoding.sampling import Draw, cut_answer
-from refusion.decoding.settling import StepReport, settle_forward
+from refusion.decoding.settling.settle import settle_forward
+from refusion.decoding.settling.step_report import StepReport
 from refusion.decoding.state import COMMITTED, DONE, DecodeState
 from refusion.model.cache import KVCache
 

@@ -21,7 +21,8 @@ from refusion.decoding.refusion_report import AGENDA, ReportColumns, rows_needed
 from refusion.decoding.rounds import SeatReport
 from refusion.decoding.row_buffers import RowBuffers, cache_targets
 from refusion.decoding.seats import SeatTable
-from refusion.decoding.settling import StepReport, settle_forward
+from refusion.decoding.settling.settle import settle_forward
+from refusion.decoding.settling.step_report import StepReport
 from refusion.decoding.state import CHOSEN, CLOSED, DONE, OPEN, PLAN, DecodeState
 from refusion.model.rows import Rows, Spans, Tiles
 

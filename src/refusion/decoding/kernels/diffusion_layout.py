@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 # B = seats, T = decode rows, K = tokens of a block
 
-_MOST_PROGRAMS = 512
-"""About what a large GPU runs at once; one seat alone, as with a long prompt, gets as many as it has chunks of rows."""
+MOST_PROGRAMS = 512
+"""Of a launch, about: what a large GPU runs at once. Few seats, whose rows may be many, get more of them each."""
 
 
 class KeepPointers(NamedTuple):
@@ -60,7 +60,7 @@ def lay_out(rounds: DiffusionRounds, rows: Rows, spans: Spans, *, start: int, nu
     num_chunks = -(-max(rows.num_rows, 1) // CHUNK.value)
     launch(
         _lay_out,
-        (num_seats, min(num_chunks, -(-_MOST_PROGRAMS // num_seats))),
+        (num_seats, min(num_chunks, -(-MOST_PROGRAMS // num_seats))),
         rounds.table.values,
         rounds.table.values.stride(0),
         rows.token_ids,
