@@ -7,13 +7,14 @@ python benchmarks/chat.py --decoder autoregressive --model smollm2-135m --output
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import harness
 
 from refusion import LLM
 from refusion.evaluation.fidelity import score_fidelity
-from refusion.evaluation.results import Figure
+from refusion.evaluation.results import Figure, Run
 from refusion.evaluation.statistics import forward_stats, wilson
 from refusion.synthesis.filters import repetition
 
@@ -32,11 +33,12 @@ def main() -> None:
 
     llm = LLM.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     base = LLM.from_pretrained(args.base, device=args.device, dtype="float32")
-    runs = []
-    for outcome in harness.outcomes(llm, [harness.chat(row["query"]) for row in rows], args):
-        runs.append(harness.run_of(llm, outcome.setting, figures(llm, base, outcome, args.score_batch_size)))
-        harness.save_texts(args, outcome.setting, rows, outcome.outputs)
-    harness.finish(args, "chat", llm, runs, base=args.base, data=data, rows=args.rows, num_prompts=len(rows))
+    runs: list[Run] = []
+    finish = partial(harness.finish, args, "chat", llm, runs, base=args.base, data=data, rows=args.rows, num_prompts=len(rows))
+    with harness.written_at_any_end(finish, runs):
+        for outcome in harness.outcomes(llm, [harness.chat(row["query"]) for row in rows], args):
+            runs.append(harness.run_of(llm, outcome.setting, figures(llm, base, outcome, args.score_batch_size)))
+            harness.save_texts(args, outcome.setting, rows, outcome.outputs)
 
 
 def figures(llm: LLM, base: LLM, outcome: harness.Outcome, batch_size: int) -> dict[str, Figure]:

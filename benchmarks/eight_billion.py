@@ -10,9 +10,9 @@ itself runs first in the same dtype, so that tokens per forward and texts can be
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from refusion import LLM, SamplingParams
 from refusion.decoding.forward import EagerForward
 from refusion.decoding.transformers_network import TransformersNetwork
 from refusion.evaluation.load import Server, comparison, run_of
-from refusion.evaluation.results import Run, to_plain
+from refusion.evaluation.results import Run
 from refusion.llm import EngineSettings, RequestOutput
 
 DECODERS = ("autoregressive", "refusion")
@@ -56,21 +56,19 @@ def main() -> None:
         torch.cuda.synchronize()
     runs = [Run(label="build", settings={"shape": args.shape}, figures={"build_seconds": time.perf_counter() - started})]
     server = Server(llm, setting.slots, sampling)
-    for kind, encoded in prompts.items():
-        loads = serving.loads_at(server, DECODERS, encoded, 1, serving.LEAST_WARM_UP)
-        for decoder, load in loads.items():
-            found = run_of(decoder, load, 1)
-            runs.append(replace(found, label=f"{kind}: {decoder}"))
-            if kind == "chat":
-                same = same_texts(expected[decoder], load.outputs)
-                runs.append(Run(label=f"{decoder}: texts of the small model", settings={}, figures=same))
-        runs.append(replace(comparison(loads, 1), label=f"{kind}: compared"))
-    if args.loop_prompts:
-        runs += eager_loop(llm, setting, replace(sampling, max_tokens=min(args.max_tokens, 64)), prompts["chat"][: args.loop_prompts])
-    for run in runs:
-        print(json.dumps({"label": run.label} | to_plain(run.figures)), flush=True)
-    slots = asdict(llm.resolve_slots(setting.slots))
-    harness.finish(args, "eight-billion", llm, runs, shape=args.shape, slots=slots, num_prompts=args.num_prompts)
+    described = {"shape": args.shape, "slots": asdict(llm.resolve_slots(setting.slots)), "num_prompts": args.num_prompts}
+    with harness.written_at_any_end(partial(harness.finish, args, "eight-billion", llm, runs, **described), runs):
+        for kind, encoded in prompts.items():
+            loads = serving.loads_at(server, DECODERS, encoded, 1, serving.LEAST_WARM_UP)
+            for decoder, load in loads.items():
+                runs.append(serving.shown(replace(run_of(decoder, load, 1), label=f"{kind}: {decoder}")))
+                if kind == "chat":
+                    same = same_texts(expected[decoder], load.outputs)
+                    runs.append(serving.shown(Run(label=f"{decoder}: texts of the small model", settings={}, figures=same)))
+            runs.append(serving.shown(replace(comparison(loads, 1), label=f"{kind}: compared")))
+        if args.loop_prompts:
+            shorter = replace(sampling, max_tokens=min(args.max_tokens, 64))
+            runs += map(serving.shown, eager_loop(llm, setting, shorter, prompts["chat"][: args.loop_prompts]))
 
 
 def same_texts(expected: list[RequestOutput], found: list[RequestOutput]) -> dict[str, Any]:

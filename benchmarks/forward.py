@@ -116,34 +116,37 @@ def main() -> None:
     print(json.dumps({"copy_tb_per_s": bandwidth / 1e12}), flush=True)
     runs: list[Run] = []
     profiles: list[dict[str, Any]] = []
-    if args.variants:
+    if device.type == "cuda":  # one process after the other would compile for minutes
         import forward_variants
 
         forward_variants.compile_all(args.variants, {name: narrowed(CASES[name], args) for name in args.shapes}, args.quantization)
-    for name in args.shapes:
-        case = narrowed(CASES[name], args)
-        model = random_model(case.config, device, dtype)
-        for cached in case.cached:
-            bench = Bench(model, cached, args.quantization)
-            runs += measured(name, case, bench, args, bandwidth)
-            if args.variants:
-                runs += varied(name, case, bench, args)
-            if args.profile is not None:
-                profiles += [profile_of(name, bench, num_rows) for num_rows in case.widths if num_rows in PROFILED or name == "tiny"]
-        del model
-    if args.profile is not None:
-        with atomic_file(args.profile) as draft:
-            draft.write_text(json.dumps(profiles, indent=1) + "\n")
     settings = {
         "dtype": str(dtype).removeprefix("torch."),
         "repeats": args.repeats,
         "quantization": args.quantization,
         "copy_bytes_per_s": bandwidth,
+        "shapes": {name: asdict(CASES[name].config) for name in args.shapes},
     }
-    shapes = {name: asdict(CASES[name].config) for name in args.shapes}
-    result = Result(name="forward", settings=settings | {"shapes": shapes}, runs=runs, notes=args.notes, device=args.device)
-    write_result(args.output, result)
-    print(f"written {args.output}", file=sys.stderr)
+
+    def write(**more: bool) -> None:
+        if args.profile is not None:
+            with atomic_file(args.profile) as draft:
+                draft.write_text(json.dumps(profiles, indent=1) + "\n")
+        write_result(args.output, Result(name="forward", settings=settings | more, runs=runs, notes=args.notes, device=args.device))
+        print(f"written {args.output}", file=sys.stderr)
+
+    with harness.written_at_any_end(write, runs):
+        for name in args.shapes:
+            case = narrowed(CASES[name], args)
+            model = random_model(case.config, device, dtype)
+            for cached in case.cached:
+                bench = Bench(model, cached, args.quantization)
+                runs += measured(name, case, bench, args, bandwidth)
+                if args.variants:
+                    runs += varied(name, case, bench, args)
+                if args.profile is not None:
+                    profiles += [profile_of(name, bench, num_rows) for num_rows in case.widths if num_rows in PROFILED or name == "tiny"]
+            del model
 
 
 def flags() -> argparse.Namespace:

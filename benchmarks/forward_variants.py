@@ -59,8 +59,10 @@ class Variant:
             ops.joined_rows, bench.tile_rows = before, None
 
 
-def variants(kind: str) -> list[Variant]:
-    """The default first. large-off = only products of small weights, and what is no product, overlap."""
+def variants(kind: str | None) -> list[Variant]:
+    """The default first, alone if no kind is named. large-off = only products of small weights, and what is no product, overlap."""
+    if kind is None:
+        return [Variant("default")]
     if kind == "overlap":
         return [
             Variant("default"),
@@ -111,7 +113,7 @@ def compare(kind: str, bench: Any, widths: Sequence[int], milliseconds: Callable
     return table
 
 
-def compile_all(kind: str, cases: dict[str, Any], quantization: str | None, num_workers: int | None = None) -> None:
+def compile_all(kind: str | None, cases: dict[str, Any], quantization: str | None, num_workers: int | None = None) -> None:
     """Compile what the variants launch into Triton's disk cache; what fails here is compiled, or fails, at its first use."""
     jobs = [
         (name, width, case.cached[0], variant, quantization)

@@ -3,6 +3,7 @@
 # Paths: WORK (scratch of the machine), DATA (JSONL files of the mixture), OUT (what comes back).
 #     bash benchmarks/gpu_campaign.sh base && bash benchmarks/gpu_campaign.sh synthesize
 #     bash benchmarks/gpu_campaign.sh train NAME recipes/smollm2-135m.toml [--set key=value ...]
+#     bash benchmarks/gpu_campaign.sh final STEPS TWIN_STEPS && bash benchmarks/gpu_campaign.sh further STEPS
 #     bash benchmarks/gpu_campaign.sh evaluate NAME [FIRST_ROW:LAST_ROW of chat] [rows of tasks]
 set -euo pipefail
 WORK=${WORK:-/tmp/campaign} DATA=${DATA:-.carry/data} OUT=${OUT:-$WORK/out}
@@ -61,6 +62,14 @@ evaluate() { # NAME [chat rows] [number of tasks] [sweep file, or folder with ch
         --score-batch-size 64 --data "$WORK/data/heldout.jsonl.gz" --output "$OUT/chat-$name.json" --save-texts "$OUT/chat-$name.jsonl"
     python3 benchmarks/tasks.py --model "$model" --device "${DEVICE:-cuda}" --batch-size "${TASK_BATCH:-700}" --rows "0:$tasks" --sweep "$task" \
         --data "$WORK/data/tasks_heldout.jsonl.gz" --output "$OUT/tasks-$name.json"
+}
+
+further() { # STEPS: the packed default model trained further, and the mean of both as the file that ships, sliced
+    GREEDY=2 train further recipes/smollm2-135m-further.toml --set "model.base=$WORK/runs/default-packed/final" --set "run.max_steps=$1"
+    pack further
+    python3 tools/pack_weights.py --tuned "$WORK/runs/default-packed/final" "$WORK/runs/further-packed/final" --shares 0.3 0.7 \
+        --bits 3 --embedding-bits 0 --output "$WORK/mean.safetensors"
+    split -b 15M -d -a 1 "$WORK/mean.safetensors" "$OUT/weights.part"
 }
 
 final() { # STEPS TWIN_STEPS: the default model, its shipped form measured, and its autoregressive twin on the same task rows

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -74,12 +75,15 @@ def parser(description: str, *, output: str, max_tokens: int = 256) -> argparse.
 
 
 def script(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main`; what a user can mend comes out as one line with exit code 1."""
+    """Run a script's `main`; what a user can mend comes out as one line with exit code 1, Ctrl-C as one with 130."""
     try:
         main()
     except RefusionError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(0)
 
 
@@ -125,6 +129,18 @@ def outcomes(llm: LLM, prompts: Sequence[Any], args: argparse.Namespace) -> Iter
         started = time.perf_counter()
         outputs = llm.generate(list(prompts), sampling, setting.slots, decoder=setting.decoder, progress=True, batch_size=args.batch_size)
         yield Outcome(setting, outputs, time.perf_counter() - started)
+
+
+@contextmanager
+def written_at_any_end(write: Callable[..., None], runs: Sequence[Run]) -> Iterator[None]:
+    """Call `write` at the end, and with is_complete=False for the runs there are by then if something ends the script before."""
+    try:
+        yield
+    except BaseException:
+        if runs:
+            write(is_complete=False)
+        raise
+    write()
 
 
 def finish(args: argparse.Namespace, name: str, llm: LLM, runs: Sequence[Run], **more: Any) -> None:

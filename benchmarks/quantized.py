@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,14 +58,15 @@ def main() -> None:
     if args.worker is not None:
         measure(args, *args.worker)
         return
-    runs = []
-    with tempfile.TemporaryDirectory() as scratch:
+    runs: list[Run] = []
+    llm = LLM.from_pretrained(args.model, device="cpu")
+    described = {"carrier": args.carrier, "num_prompts": args.num_prompts, "num_tasks": args.num_tasks}
+    finish = partial(harness.finish, args, "quantized", llm, runs, **described)
+    with tempfile.TemporaryDirectory() as scratch, harness.written_at_any_end(finish, runs):
         for model in args.models:
             for kind in sorted(args.kinds, key=lambda kind: kind != "bfloat16"):
                 runs.append(in_own_process(model, kind, Path(scratch)))
                 print(json.dumps({"label": runs[-1].label} | to_plain(runs[-1].figures)), flush=True)
-    llm = LLM.from_pretrained(args.model, device="cpu")
-    harness.finish(args, "quantized", llm, runs, carrier=args.carrier, num_prompts=args.num_prompts, num_tasks=args.num_tasks)
 
 
 def flags() -> argparse.Namespace:

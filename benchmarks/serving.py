@@ -52,15 +52,16 @@ def main() -> None:
     rows = prompt_rows(args.kind, args.data, args.limit)
     prompts = [llm.encode(harness.chat(row["query"])) for row in rows]
     runs: list[Run] = []
-    for concurrency in args.concurrency:
-        count = min(args.requests, args.requests_per_concurrency * concurrency)
-        loads = loads_at(server, args.decoders, cycled(prompts, count), concurrency, args.warm_up or max(2 * concurrency, LEAST_WARM_UP))
-        runs += [shown(run_of(decoder, load, concurrency)) for decoder, load in loads.items()]
-        if len(loads) > 1:
-            runs.append(shown(comparison(loads, concurrency)))
     settings = {"carrier": args.carrier, "kind": args.kind, "slots": asdict(llm.resolve_slots(setting.slots))}
-    data = args.data or args.kind
-    harness.finish(args, "serving", llm, runs, **settings, data=data, requests=args.requests, num_prompts=len(rows))
+    settings |= {"data": args.data or args.kind, "requests": args.requests, "num_prompts": len(rows)}
+    with harness.written_at_any_end(partial(harness.finish, args, "serving", llm, runs, **settings), runs):
+        for concurrency in args.concurrency:
+            count = min(args.requests, args.requests_per_concurrency * concurrency)
+            warm_up = args.warm_up or max(2 * concurrency, LEAST_WARM_UP)
+            loads = loads_at(server, args.decoders, cycled(prompts, count), concurrency, warm_up)
+            runs += [shown(run_of(decoder, load, concurrency)) for decoder, load in loads.items()]
+            if len(loads) > 1:
+                runs.append(shown(comparison(loads, concurrency)))
 
 
 def prompt_rows(kind: str, data: Path | None, limit: int | None) -> list[Any]:

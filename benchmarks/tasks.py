@@ -12,6 +12,7 @@ text (`refusion.evaluation.final_answer`), as `reasoning_data.py` writes them. G
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import harness
 from refusion import LLM
 from refusion.errors import DataError
 from refusion.evaluation import final_answer
-from refusion.evaluation.results import Figure
+from refusion.evaluation.results import Figure, Run
 from refusion.evaluation.sandbox import run_many
 from refusion.evaluation.statistics import forward_stats, wilson
 from refusion.synthesis.predictable import HELD_OUT_SEED, check, code_block, make
@@ -40,19 +41,13 @@ def main() -> None:
     )
 
     llm = LLM.from_pretrained(args.model, device=args.device, dtype=args.dtype)
-    runs = []
-    for outcome in harness.outcomes(llm, [harness.chat(row["query"]) for row in rows], args):
-        runs.append(harness.run_of(llm, outcome.setting, figures(llm, rows, outcome)))
-        harness.save_texts(args, outcome.setting, rows, outcome.outputs)
-    harness.finish(
-        args,
-        "tasks",
-        llm,
-        runs,
-        data=args.data or f"predictable.make({HELD_OUT_SEED}, {NUM_HELD_OUT})",
-        rows=args.rows,
-        num_prompts=len(rows),
-    )
+    runs: list[Run] = []
+    data = args.data or f"predictable.make({HELD_OUT_SEED}, {NUM_HELD_OUT})"
+    finish = partial(harness.finish, args, "tasks", llm, runs, data=data, rows=args.rows, num_prompts=len(rows))
+    with harness.written_at_any_end(finish, runs):
+        for outcome in harness.outcomes(llm, [harness.chat(row["query"]) for row in rows], args):
+            runs.append(harness.run_of(llm, outcome.setting, figures(llm, rows, outcome)))
+            harness.save_texts(args, outcome.setting, rows, outcome.outputs)
 
 
 def problems(path: Path, rows: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:

@@ -166,6 +166,29 @@ def test_rows_with_an_answer_and_gsm8k_rows_are_judged_by_their_final_answer(run
     assert "it needs query, family" in err
 
 
+def test_what_was_measured_before_an_interruption_is_kept(
+    run: Run, tmp_path: Path, chat_data: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, output = tmp_path / "sweep.json", tmp_path / "chat.json"
+    sweep.write_text(json.dumps([{"decoder": "autoregressive"}, {"slot_size": 4, "block_size": 8}]))
+    generate, asked = LLM.generate, []
+
+    def impatient(self: LLM, prompts: list[object], *args: object, **options: object) -> object:
+        asked.append(len(prompts))
+        if len(asked) == 3:  # a warm-up, the first setting, and now the second
+            raise KeyboardInterrupt
+        return generate(self, prompts, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LLM, "generate", impatient)
+    options = ["--dtype", "float32", "--data", chat_data, "--rows", "0:2", "--max-tokens", 4, "--sweep", sweep, "--output", output]
+    code, _, err = run("chat", "--model", tiny_model_dir, "--base", tiny_model_dir, *options)
+    assert code == 130
+    assert err.strip().splitlines()[-1] == "interrupted"
+    content = read_result(output)
+    assert [each["label"] for each in content["runs"]] == ["autoregressive"]
+    assert content["settings"]["is_complete"] is False
+
+
 def test_drafts_on_given_text_are_those_of_a_row_of_their_own(run: Run, tmp_path: Path, tiny_model_dir: Path) -> None:
     data, output = tmp_path / "pairs.jsonl", tmp_path / "forced.json"
     rows = [{"query": "who", "response": "some words that stand here"}, {"query": "what", "response": "others"}]
