@@ -271,7 +271,9 @@ def test_diffusion_decoders_take_their_own_flags(
     assert (answer["token_ids"], answer["decoder"]) == (list(expected.token_ids), decoder)
     assert answer["diffusion"]["block_size"] == settings.block_size
     assert "slots" not in answer
-    assert run_cli(*command, "hello").err.endswith(f"; {words}\n")
+    said = run_cli(*command, "hello").err
+    assert said.endswith(f"; {words}\n")
+    assert f"was not trained for {decoder}; expect nonsense" in said
     assert run_cli(*command, "--watch", "hello", terminal=True).code == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,10 @@ def test_one_of_several_processes_talks(monkeypatch: pytest.MonkeyPatch) -> None
     assert train._is_first_process()
     monkeypatch.setenv("RANK", "1")
     assert not train._is_first_process()
+
+
+def test_without_the_training_extra_one_line_says_what_to_install(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    result = run_cli("train", TINY)
+    assert result.code == 1
+    assert result.err == "refusion: error: this needs accelerate; install it with `pip install 'refusion[train]'`\n"

@@ -71,7 +71,9 @@ def test_fields_left_out_come_from_the_checkpoint_then_from_the_defaults() -> No
     assert SlotParams(serial_blocks=2).resolve(recommended) == SlotSettings(slot_size=4, serial_blocks=2, token_threshold=0.2)
     assert SlotParams().resolve({}) == SlotSettings()
     # Alternatives need the autoregressive correction: the paper's leaves the checkpoint's out, and refuses those that are asked for.
-    assert SlotParams(correction="paper").resolve({"alternatives": 2}) == SlotSettings(correction="paper")
+    recommended = {"alternatives": 2, "infill_length": 6}
+    assert SlotParams(correction="paper").resolve(recommended) == SlotSettings(correction="paper")
+    assert SlotParams(slot_size=16).resolve(recommended) == SlotSettings(slot_size=16, **recommended)
     with pytest.raises(ConfigError, match="alternatives is 2"):
         SlotParams(correction="paper", alternatives=2)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("lm_eval")
 
@@ -19,7 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from refusion.errors import CheckpointError, ConfigError
+from refusion.errors import CheckpointError, ConfigError, RequestError
 from refusion.evaluation.harness import ReFusionLM
 from refusion.evaluation.plugin import NAME, on_torch_import, register
 
@@ -64,6 +65,15 @@ def evaluate(model: str, arguments: dict[str, Any], tasks: list[Path], *, chat: 
     )
     assert results is not None
     return {name: [row["resps"] for row in rows] for name, rows in results["samples"].items()}
+
+
+def test_without_a_gpu_the_device_that_the_harness_asks_for_by_itself_is_the_cpu(
+    roomy_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ReFusionLM(str(roomy_model_dir), device="cuda").llm.model.device.type == "cpu"
+    with pytest.raises(RequestError, match="unknown device 'abacus'"):
+        ReFusionLM(str(roomy_model_dir), device="abacus")
 
 
 @pytest.mark.parametrize("chat", [False, True])

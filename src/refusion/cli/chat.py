@@ -69,6 +69,7 @@ def command(
     engine = options.engine_settings(cache_tokens)
     with options.interruptible():
         llm = options.load(model, device, dtype, engine, quantization)
+        options.warn_of_untaught(decoder, llm)
         chat = Chat(llm, sampling, slots, decoder.value, diffusion, watch=watch)
         is_terminal = sys.stdin.isatty()
         if is_terminal:

@@ -90,6 +90,7 @@ def command(
         import lm_eval  # noqa: F401  (its absence is told before a model is loaded)
 
         llm = options.load(model, device, dtype)
+        options.warn_of_untaught(decoder, llm)
         with _progress() as show:
             content = run_suite(llm, settings, target, model_name=model, resume=resume, on_progress=show, on_missing=_tell)
     options.print_json(content) if as_json else _print_table(content)

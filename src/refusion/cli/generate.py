@@ -73,6 +73,7 @@ def command(
         from refusion.cli.answer import NoText, answer, make_display
 
         llm = options.load(model, device, dtype, engine, quantization)
+        options.warn_of_untaught(decoder, llm)
         settings = options.resolve_slots(slots, llm)
         request: Prompt = text if raw else [{"role": "user", "content": text}]
         if compare:

@@ -247,6 +247,13 @@ def load(
     return llm
 
 
+def warn_of_untaught(decoder: DecoderName, llm: LLM) -> None:
+    """Say so where a model is decoded in a way that nobody taught it."""
+    if decoder in DIFFUSION and llm.trained_objective != decoder.value:
+        name = decoder.value
+        typer.echo(f"refusion: warning: {llm.path.name} was not trained for {name}; expect nonsense (docs/baselines.md)", err=True)
+
+
 def resolve_slots(slots: SlotParams, llm: LLM) -> SlotSettings:
     """The slot settings this model will decode with; flags that do not fit its own are a usage error."""
     with usage_errors():

@@ -50,6 +50,8 @@ def command(
         _print_plan(settings, as_json)
         return
     with options.interruptible():
+        import accelerate  # noqa: F401  (transformers tells of its absence in a riddle)
+
         from refusion.training.run import train
 
         probe_factory = None

@@ -44,7 +44,7 @@ class SamplingParams:
         _require(is_usable, "temperature", self.temperature, "0 (greedy) or at least 0.001")
         _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "in (0, 1]")
         _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
-        _require(not isinstance(self.stop, str) and all(self.stop), "stop", self.stop, "a tuple of non-empty strings")
+        _require(not isinstance(self.stop, str) and all(self.stop), "stop", self.stop, "made of non-empty strings")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +95,8 @@ class SlotParams:
             base = {name: value for name, value in base.items() if name not in ("slot_size", "block_size", "serial_blocks")}
             base["slot_size"] = recommended.get("slot_size", SlotSettings().slot_size)
         if given.get("correction") == "paper":
-            base.pop("alternatives", None)  # the checkpoint's go with its own correction
+            for name in ("alternatives", "infill_length"):
+                base.pop(name, None)  # the checkpoint's go with its own correction
         unknown = base.keys() - {field.name for field in fields(SlotSettings)}
         _require(not unknown, "refusion block", sorted(unknown), f"made of {', '.join(field.name for field in fields(SlotSettings))}")
         return SlotSettings(**(base | given))

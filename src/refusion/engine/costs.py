@@ -46,13 +46,22 @@ class CostTable:
 def measured_costs(network: FlatNetwork) -> CostTable:
     """The cost table of this network on this machine; measured once (seconds), then read from the cache directory."""
     path = hub.cache_dir() / "costs" / f"{_fingerprint(network)}.json"
-    if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return CostTable(tuple(stored["widths"]), tuple(stored["seconds"]))
+    if (stored := _read(path)) is not None:
+        return stored
     table = measure(network, GPU_WIDTHS if network.device.type == "cuda" else CPU_WIDTHS)
     with atomic_file(path) as draft:
         draft.write_text(json.dumps(asdict(table)), encoding="utf-8")
     return table
+
+
+def _read(path: Path) -> CostTable | None:
+    """A stored table; None if there is none that can be read."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        table = CostTable(tuple(map(int, stored["widths"])), tuple(map(float, stored["seconds"])))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return table if len(table.widths) == len(table.seconds) > 1 else None
 
 
 def measure(network: FlatNetwork, widths: Sequence[int], repeats: int = 5) -> CostTable:

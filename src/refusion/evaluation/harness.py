@@ -74,7 +74,7 @@ class ReFusionLM(TemplateLM):
         _refuse_unknown(settings, known, "model argument", ("pretrained", "decoder", "device", "dtype", "seed", "likelihood_samples"))
         slots = settings if kind is None else {}
         diffusion = None if kind is None else kind(**settings)
-        self.llm = pretrained if isinstance(pretrained, LLM) else LLM.from_pretrained(pretrained, device=device or _device(), dtype=dtype)
+        self.llm = pretrained if isinstance(pretrained, LLM) else LLM.from_pretrained(pretrained, device=_device(device), dtype=dtype)
         if self.llm.tokenizer is None:
             raise CheckpointError(f"{self.llm.path} has no tokenizer.json; put the tokenizer of its base beside the weights")
         if decoder not in _WITHOUT_MASK and self.llm.model.config.mask_token_id is None:
@@ -309,10 +309,13 @@ def _args(request: Instance) -> tuple[Any, ...]:
     return request.args
 
 
-def _device() -> str:
+def _device(asked: str | None) -> str:
+    """The harness's own command line asks for "cuda" where nobody asked for anything: on a machine without a GPU that means the CPU."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked in (None, "cuda") and not torch.cuda.is_available():
+        return "cpu"
+    return asked or "cuda"
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], what: str, others: Sequence[str] = ()) -> None:

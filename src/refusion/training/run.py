@@ -244,6 +244,8 @@ def _prepare_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> Path | None
     if resume and not found:
         raise ConfigError(f"{run_dir} holds no checkpoint to resume from; leave --resume out to start a new run")
     if found and not resume:
+        if (run_dir / "final").exists():
+            raise ConfigError(f"{run_dir} holds a finished run; choose another --output, or remove it")
         raise ConfigError(f"{run_dir} holds an unfinished run ({found[-1].name}); use --resume to go on, or another --output")
     if found and recipe_file.exists():
         before = recipe_from_table(json.loads(recipe_file.read_text(encoding="utf-8")))  # settings that are new since have their defaults
