@@ -249,7 +249,7 @@ def load(
 
 def warn_of_untaught(decoder: DecoderName, llm: LLM) -> None:
     """Say so where a model is decoded in a way that nobody taught it."""
-    if decoder in DIFFUSION and llm.trained_objective != decoder.value:
+    if decoder in DIFFUSION and llm.trained_objective != decoder.value and llm.config.mask_token_id is not None:
         name = decoder.value
         typer.echo(f"refusion: warning: {llm.path.name} was not trained for {name}; expect nonsense (docs/baselines.md)", err=True)
 
