@@ -137,7 +137,7 @@ class Engine:
         )
         if pending is None:
             return None
-        self.scheduler.launched_again(again)
+        again.seats.launched()
         return again, pending
 
     def _glance(self, forward: Forward, report: np.ndarray) -> None:

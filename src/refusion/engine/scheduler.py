@@ -163,10 +163,6 @@ class Scheduler:
         seats = forward.seats
         return self._is_alone(seats) and not self._leaving and seats.can_repeat(forward.num_rows, forward.candidates)
 
-    def launched_again(self, forward: Forward) -> None:
-        """One more forward like the one under way is behind it."""
-        forward.seats.launched()
-
     def _is_alone(self, seats: Seats) -> bool:
         """Everybody there is sits in this lane."""
         return self.num_open == len(seats) and not self.undecided
