@@ -22,9 +22,9 @@ def rows_needed(
     is_seat,
     W: tl.constexpr,
     K: tl.constexpr,
-    C: tl.constexpr,
+    C,
     R: tl.constexpr,
-    A: tl.constexpr,
+    A,
     MOST_MASKS: tl.constexpr,
 ):
     """[B] as `refusion.decoding.refusion_report.rows_needed` reckons them on the host."""
@@ -60,7 +60,7 @@ def group_rows(left, num_candidates, MOST: tl.constexpr):
 
 
 @triton.jit
-def num_tried(left, A: tl.constexpr):
+def num_tried(left, A):
     """Accepted lengths with alternatives of a slot with `left` tokens to go: a runner-up needs a token behind it."""
     return tl.minimum(A, tl.maximum(left - 2, 0))
 

@@ -88,7 +88,7 @@ def lay_out(
     )
 
 
-@triton.jit(do_not_specialize=["num_tiles", "tile_start", "num_seats", "num_rows", "start", "mask_id"])
+@triton.jit(do_not_specialize=["num_tiles", "tile_start", "num_seats", "num_rows", "start", "mask_id", "C", "A"])
 def _lay_out(
     table,
     line_stride,
@@ -122,9 +122,9 @@ def _lay_out(
     RUNNER_UPS: tl.constexpr,
     W: tl.constexpr,
     K: tl.constexpr,
-    C: tl.constexpr,
+    C,
     R: tl.constexpr,
-    A: tl.constexpr,
+    A,
     MOST_MASKS: tl.constexpr,
     B_PADDED: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -170,6 +170,7 @@ def _lay_out(
         row = put_copies(rows, row, block, W, K, C, K_PADDED)
     if is_judging | (phase == REMASK):
         row = put_candidates(rows, row, block, mask_id, W, K, C, MOST_MASKS, K_PADDED)
-    if R * A > 0 and is_judging:
-        runner_ups = line + RUNNER_UPS + window * (K * R)
-        put_alternatives(rows, row, block, runner_ups, mask_id, W, K, C, R, A, MOST_MASKS, K_PADDED)
+    if R > 0:
+        if is_judging:
+            runner_ups = line + RUNNER_UPS + window * (K * R)
+            put_alternatives(rows, row, block, runner_ups, mask_id, W, K, C, R, A, MOST_MASKS, K_PADDED)

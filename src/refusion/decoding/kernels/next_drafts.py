@@ -37,7 +37,7 @@ class Fresh(NamedTuple):
 
 
 @triton.jit
-def follow_infill(turn, verdict, grid, C: tl.constexpr):
+def follow_infill(turn, verdict, grid, C):
     """The `Infill` after a verdict."""
     is_remask = turn.phase == REMASK
     stands = tl.where(is_remask, turn.verified, verdict.stands)

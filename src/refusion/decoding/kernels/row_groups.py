@@ -82,7 +82,7 @@ def put_plan(rows, row, is_planned, position, mask_id, W: tl.constexpr, K: tl.co
 
 
 @triton.jit
-def put_copies(rows, row, block, W: tl.constexpr, K: tl.constexpr, C: tl.constexpr, K_PADDED: tl.constexpr):
+def put_copies(rows, row, block, W: tl.constexpr, K: tl.constexpr, C, K_PADDED: tl.constexpr):
     """Drafts that candidates may stand behind, once more and without the slots before them; the first slot has none before it."""
     place = tl.arange(0, K_PADDED)
     nth = 0
@@ -110,7 +110,7 @@ def put_copies(rows, row, block, W: tl.constexpr, K: tl.constexpr, C: tl.constex
 @triton.jit
 def put_candidates(
     rows, row, block, mask_id,
-    W: tl.constexpr, K: tl.constexpr, C: tl.constexpr, MOST_MASKS: tl.constexpr, K_PADDED: tl.constexpr,
+    W: tl.constexpr, K: tl.constexpr, C, MOST_MASKS: tl.constexpr, K_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Masks behind every length that may be accepted; in a remask forward behind what stands."""
     is_remask = block.phase == REMASK
@@ -135,7 +135,7 @@ def put_candidates(
 @triton.jit
 def put_alternatives(
     rows, row, block, runner_ups, mask_id,
-    W: tl.constexpr, K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, A: tl.constexpr,
+    W: tl.constexpr, K: tl.constexpr, C, R: tl.constexpr, A,
     MOST_MASKS: tl.constexpr, K_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Behind the first lengths that may be accepted: each runner-up of the draft that would be rejected, and masks behind it."""

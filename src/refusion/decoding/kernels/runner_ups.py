@@ -16,7 +16,7 @@ from refusion.decoding.kernels.verdicts import is_eos
 @triton.jit
 def take_runner_ups(
     next_drafts, runner_ups, turn, infill, fresh, grid, drawn, judge, first_row, eos_ids, mask_id,
-    K: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, A: tl.constexpr,
+    K: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, A,
     MOST_TRIED: tl.constexpr, MOST_MASKS: tl.constexpr, NUM_EOS: tl.constexpr,
 ):  # fmt: skip
     """Next drafts [W, K], next runner-ups [W, K, R], and the slots [W] in which one more token stands: a runner-up.
@@ -32,12 +32,11 @@ def take_runner_ups(
     next_runner_ups = rank_anew(runner_ups, fresh, drawn, R, R_PADDED)
     next_runner_ups = tl.where(starts[:, :, None], -1, next_runner_ups)
     next_runner_ups = tl.where((infill.is_rejected & is_hit[:, None])[:, :, None], runner_ups, next_runner_ups)
-    if A > 0:
-        behind = _behind_hit(infill, is_hit, hit, grid, turn.left, first_row, drawn.num_rows, K, R, MOST_MASKS)
-        next_drafts = draft_anew(next_drafts, behind, drawn, mask_id)
-        # The token right behind a runner-up is named by the runner-up's own row, which has no runner-ups to offer.
-        is_ranked = behind.is_drafted & (grid.place != infill.stands[:, None] + 1)
-        next_runner_ups = rank_anew(next_runner_ups, Fresh(behind.is_new, is_ranked, behind.row), drawn, R, R_PADDED)
+    behind = _behind_hit(infill, is_hit & (A > 0), hit, grid, turn.left, first_row, drawn.num_rows, K, R, MOST_MASKS)
+    next_drafts = draft_anew(next_drafts, behind, drawn, mask_id)
+    # The token right behind a runner-up is named by the runner-up's own row, which has no runner-ups to offer.
+    is_ranked = behind.is_drafted & (grid.place != infill.stands[:, None] + 1)
+    next_runner_ups = rank_anew(next_runner_ups, Fresh(behind.is_new, is_ranked, behind.row), drawn, R, R_PADDED)
     # What stands through a runner-up that was not tried ahead has its next token from this remask forward.
     is_last = grid.is_cell & (grid.place == infill.stands[:, None] - 1)
     was_runner_up = (runner_ups == turn.drafts[:, :, None]) & is_last[:, :, None]

@@ -97,7 +97,7 @@ def settle(rounds: RefusionRounds, readout: Readout, spans: Spans, *, start: int
     )
 
 
-@triton.jit(do_not_specialize=["num_rows", "start", "mask_id"])
+@triton.jit(do_not_specialize=["num_rows", "start", "mask_id", "C", "A"])
 def _settle(
     table,
     line_stride,
@@ -138,9 +138,9 @@ def _settle(
     W: tl.constexpr,
     K: tl.constexpr,
     S: tl.constexpr,
-    C: tl.constexpr,
+    C,
     R: tl.constexpr,
-    A: tl.constexpr,
+    A,
     MOST_TRIED: tl.constexpr,
     MOST_MASKS: tl.constexpr,
     ACCEPTS_ARGMAX: tl.constexpr,

@@ -93,7 +93,7 @@ def read_turn(agenda, token_ids, grid, W: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def find_rows(turn, begin, K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, A: tl.constexpr, MOST_MASKS: tl.constexpr):
+def find_rows(turn, begin, K: tl.constexpr, C, R: tl.constexpr, A, MOST_MASKS: tl.constexpr):
     """The `RowPlaces` of a seat whose rows begin at `begin`."""
     is_remask = turn.phase == REMASK
     chosen, planned = turn.is_chosen.to(tl.int32), turn.is_planned.to(tl.int32)
