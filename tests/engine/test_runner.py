@@ -125,8 +125,7 @@ def test_making_a_shape_ready_changes_nothing(new_engine: NewEngine, plain: Plai
     before = [engine.runner.pool.keys.clone(), seats.lane.table.values.clone(), seats.lane.spans.cached.clone()]
     seats.lane.upload(4)
     before[1] = seats.lane.table.values.clone()
-    for num_prompt in (0, 5):
-        engine.runner.warm(seats.lane, num_seats=4, num_rows=20, num_prompt_rows=num_prompt, candidates=1)
+    engine.runner.warm(seats.lane, [engine.runner.shape(seats.lane, 4, 20, num_prompt, 1, 0) for num_prompt in (0, 5)])
     after = [engine.runner.pool.keys, seats.lane.table.values, seats.lane.spans.cached]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     for request in requests[3:]:

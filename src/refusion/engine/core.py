@@ -98,16 +98,12 @@ class Engine:
         before = self.runner.num_first_runs
         for decoder in ("refusion", "autoregressive") if new.decoder == "auto" else (new.decoder,):
             seats, load = self.scheduler.expected(lane_key(new, decoder), num_requests, prompt_tokens, new.sampling.max_tokens)
-            for num_cached in (0, load.prompt_tokens + load.answer_tokens):
-                for shape in wanted_shapes(seats.key, self.scheduler.candidates, load):
-                    self.runner.warm(
-                        seats.lane,
-                        num_seats=shape.num_seats,
-                        num_rows=shape.num_rows,
-                        num_prompt_rows=shape.num_prompt_rows,
-                        candidates=shape.candidates,
-                        num_cached=num_cached,
-                    )
+            shapes = (
+                self.runner.shape(seats.lane, wanted.num_seats, wanted.num_rows, wanted.num_prompt_rows, wanted.candidates, num_cached)
+                for num_cached in (0, load.prompt_tokens + load.answer_tokens)
+                for wanted in wanted_shapes(seats.key, self.scheduler.candidates, load)
+            )
+            self.runner.warm(seats.lane, shapes)
         return self.runner.num_first_runs - before
 
     def reset(self, error: RequestError | None = None) -> None:

@@ -4,6 +4,7 @@ Plain torch operations are the reference; Triton kernels, prepacked CPU products
 functions. Nothing here depends on data: shapes are those of the given rows, so a forward can be captured in a CUDA graph.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -159,6 +160,12 @@ class FlatNetwork:
         positions = torch.arange(model.config.max_position_embeddings + MAX_SLOT_SIZE, device=self.device)
         angles = positions.float()[:, None] * model.inv_freq
         self.cos, self.sin = angles.cos(), angles.sin()  # [positions, D / 2] float32
+
+    def shallow(self) -> "FlatNetwork":
+        """Only the first layer, which does what every layer does; weights are shared."""
+        network = copy.copy(self)
+        network.layers = self.layers[:1]
+        return network
 
     @torch.no_grad()
     def forward(self, rows: Rows, spans: Spans, tiles: Tiles, pool: KeyValues, new: KeyValues) -> Tensor:

@@ -2,10 +2,11 @@
 
 A forward is `lay out -> network -> readout -> settle -> store`, on fixed addresses and without a look at the data, so the whole of it is
 one graph launch; the report of what happened comes back through pinned memory. The first forward of a shape runs operation by
-operation (which compiles and loads its kernels), the second is captured, all later ones are replays. On a CPU every forward runs
-operation by operation. Who runs, and with which pages, is the scheduler's business.
+operation (which compiles and loads what kernels `warm` did not), the second is captured, all later ones are replays. On a CPU every
+forward runs operation by operation. Who runs, and with which pages, is the scheduler's business.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -147,7 +148,7 @@ class Runner:
         Whatever was launched before must have ended. Raises `RequestError` if memory does not suffice.
         """
         num_prompt_rows = 0 if prompt is None else len(prompt.token_ids)
-        shape = self._shape(lane, num_seats, num_rows, num_prompt_rows, candidates, _longest(lane, num_seats))
+        shape = self.shape(lane, num_seats, num_rows, num_prompt_rows, candidates, _longest(lane, num_seats))
         assert shape.num_prompt_rows + shape.num_rows <= self.max_rows, f"{shape} needs more than {self.max_rows} rows"
         try:
             lane.upload(num_seats)
@@ -163,30 +164,40 @@ class Runner:
 
         Whatever the report says, `num_rows` must suffice.
         """
-        shape = self._shape(lane, num_seats, num_rows, 0, candidates, _longest(lane, num_seats))
+        shape = self.shape(lane, num_seats, num_rows, 0, candidates, _longest(lane, num_seats))
         captured = lane.captured.get(shape)
         if self.is_cuda and (captured is None or captured.graph is None):
             return None
         return self._launch(lane, shape)
 
-    def warm(self, lane: Lane, *, num_seats: int, num_rows: int, num_prompt_rows: int, candidates: int, num_cached: int = 0) -> None:
-        """Make a shape ready: run it twice, so that it is compiled and captured. All seats must be retired: nothing changes.
-
-        num_cached: committed tokens of the longest context that it is for.
+    def warm(self, lane: Lane, shapes: Iterable[Shape]) -> None:
+        """Make shapes ready: compile them together, then run each twice and so capture it. All seats must be retired: nothing changes.
 
         Raises `RequestError` if memory does not suffice.
         """
-        shape = self._shape(lane, num_seats, num_rows, num_prompt_rows, candidates, num_cached)
-        if shape in lane.captured and lane.captured[shape].graph is not None:
-            return
+        new = [shape for shape in dict.fromkeys(shapes) if shape not in lane.captured or lane.captured[shape].graph is None]
         try:
-            lane.upload(num_seats)
-            for _ in range(2):
-                if shape.num_prompt_rows:
-                    self._write_prompt(shape, NO_PROMPT)
-                self._launch(lane, shape).wait()
+            if self.is_cuda:
+                self._compile(lane, new)
+            for shape in new:
+                lane.upload(shape.num_seats)
+                for _ in range(2):
+                    if shape.num_prompt_rows:
+                        self._write_prompt(shape, NO_PROMPT)
+                    self._launch(lane, shape).wait()
         except torch.OutOfMemoryError as error:
             raise RequestError(OUT_OF_MEMORY) from error
+
+    def _compile(self, lane: Lane, shapes: Iterable[Shape]) -> None:
+        """One layer of each shape with its kernels compiled instead of run: a new machine is ready in seconds instead of minutes."""
+        from refusion.model.kernels.launch import compile_together  # triton is there only where there are kernels
+
+        network = self.network.shallow()
+        with compile_together():
+            for shape in shapes:
+                if shape.num_prompt_rows:
+                    self._write_prompt(shape, NO_PROMPT)
+                self._forward(lane, shape, network)
 
     def synchronize(self) -> None:
         """Wait for everything that was launched."""
@@ -208,7 +219,8 @@ class Runner:
         first = torch.tensor(pages, dtype=torch.long, device=self.device)[:, None] * self.page_size
         return (first + torch.arange(self.page_size, device=self.device)).flatten()
 
-    def _shape(self, lane: Lane, num_seats: int, num_rows: int, num_prompt_rows: int, candidates: int, num_cached: int) -> Shape:
+    def shape(self, lane: Lane, num_seats: int, num_rows: int, num_prompt_rows: int, candidates: int, num_cached: int) -> Shape:
+        """What a forward of so many seats and rows runs as; num_cached: committed tokens of the longest context."""
         if not self.is_cuda:
             return Shape(num_seats, num_prompt_rows, max(num_rows, 1), candidates, TILE_ROWS)
         num_prompt_rows = at_least(PROMPT_ROWS, num_prompt_rows)
@@ -296,9 +308,9 @@ class Runner:
         return graph
 
     @torch.no_grad()
-    def _forward(self, lane: Lane, shape: Shape) -> None:
+    def _forward(self, lane: Lane, shape: Shape, network: FlatNetwork | None = None) -> None:
         """Everything one forward does on the device, in the order in which it does it."""
-        num_prompt, num_seats, network = shape.num_prompt_rows, shape.num_seats, self.network
+        num_prompt, num_seats, network = shape.num_prompt_rows, shape.num_seats, network or self.network
         rows = self.rows.narrow(0, num_prompt + shape.num_rows)
         decode_rows = rows.narrow(num_prompt, shape.num_rows)
         spans, tiles = lane.spans_of(num_seats), lane.tiles_of(shape)

@@ -170,7 +170,6 @@ def _lay_out(
         row = put_copies(rows, row, block, W, K, C, K_PADDED)
     if is_judging | (phase == REMASK):
         row = put_candidates(rows, row, block, mask_id, W, K, C, MOST_MASKS, K_PADDED)
-    if R > 0:
-        if is_judging:
-            runner_ups = line + RUNNER_UPS + window * (K * R)
-            put_alternatives(rows, row, block, runner_ups, mask_id, W, K, C, R, A, MOST_MASKS, K_PADDED)
+    if R > 0 and is_judging:
+        runner_ups = line + RUNNER_UPS + window * (K * R)
+        put_alternatives(rows, row, block, runner_ups, mask_id, W, K, C, R, A, MOST_MASKS, K_PADDED)

@@ -6,14 +6,16 @@ that one waited likewise, everything launched earlier is complete too: a chain o
 """
 
 import functools
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from triton import knobs
+from triton import AsyncCompileMode, knobs
 
 NUM_COUNTERS = 16384
 """Arrival counters of a device, one per output tile whose K is split."""
@@ -101,6 +103,23 @@ def compile_only() -> Iterator[list[Any]]:
         yield compiled
     finally:
         _compiling = False
+
+
+@contextmanager
+def compile_together() -> Iterator[None]:
+    """`compile_only` on all cores at once: when it ends, everything launched inside is compiled and loaded on the current device."""
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        with compile_only() as kernels, AsyncCompileMode(workers):
+            yield
+        finished = [kernel.result() if hasattr(kernel, "result") else kernel for kernel in kernels]
+        device = torch.cuda.current_device()
+        list(workers.map(lambda kernel: _load(kernel, device), {id(kernel): kernel for kernel in finished}.values()))
+
+
+def _load(kernel: Any, device: int) -> None:
+    """Build the launcher of a compiled kernel, which takes a C compiler, and bring its code to the device; a thread knows no device."""
+    with torch.cuda.device(device):
+        assert callable(kernel.run)  # Triton loads when this is first looked at
 
 
 def counters(device: torch.device) -> Tensor:
