@@ -4,7 +4,7 @@
     python benchmarks/comparison.py ... --limit 50 --seconds 120          # a quick look
 
 RUNS holds OBJECTIVE-SEED/final; DATA holds tasks_heldout.jsonl.gz, gsm8k_test.jsonl.gz, rg_heldout.jsonl.gz and heldout.jsonl.gz (chat).
-`train_comparison.sh` and `comparison_h100.sh` make them. Measured are right answers by task, tokens per forward, agreement of held-out chat
+`train_comparison.sh` and `comparison_gpu.sh` make them. Measured are right answers by task, tokens per forward, agreement of held-out chat
 with the base model, the likelihood of held-out chat (or its bound), and tokens per second at batch 1 (contenders take turns)
 and 32. The most telling tasks come first, speed last; what is timed was done once before, so that everything is compiled and captured.
 

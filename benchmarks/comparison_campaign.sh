@@ -3,15 +3,16 @@
 #     bash benchmarks/comparison_campaign.sh prepare                     # wheels of .whl, base model (REFUSION_GGUF), default model
 #     bash benchmarks/comparison_campaign.sh train STEPS SEED...         # four objectives a seed, JOBS trainings at a time
 #     bash benchmarks/comparison_campaign.sh ask SEED...                 # right answers, agreement, likelihood: several processes at once
-#     bash benchmarks/comparison_campaign.sh speed SEED...               # tokens/s, alone on the GPU, and comparison-h100.json of all
+#     bash benchmarks/comparison_campaign.sh speed SEED...               # tokens/s, alone on the GPU, and comparison-$GPU.json of all
 #     bash benchmarks/comparison_campaign.sh ablate SEED                 # one setting at a time on the ReFusion model of this seed
 #     bash benchmarks/comparison_campaign.sh suite                       # seven benchmarks with base and default model
 #     bash benchmarks/comparison_campaign.sh all STEPS SEED...           # train, ask, speed, ablate, suite
 # Every stage ends after its seconds (TRAIN_S, ASK_S, SPEED_S, ABLATE_S, SUITE_S) and goes on where it stopped if it is run again, as long
 # as $WORK is there: trainings from their checkpoints, everything else answer by answer. `all` goes on to the next stage either way.
-# What comes back lies in $OUT: comparison-h100.json, ablations-h100.json, ablations-plain-h100.json, state.tgz (answers, logs, training
+# What comes back lies in $OUT: comparison-$GPU.json, ablations-$GPU.json, ablations-plain-$GPU.json, state.tgz (answers, logs, training
 # reports) and suite-answers.tgz (result files of the seven benchmarks and their answers, from which STATE goes on on another machine).
 set -euo pipefail
+source "$(dirname "$0")/gpu_name.sh"
 export WORK=${WORK:-/tmp/campaign} DATA=${DATA:-.carry/comparison} SUITE=${SUITE:-.carry/suite} DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3}
 export OUT=${OUT:-$WORK/out} REFUSION_HOME=${REFUSION_HOME:-$WORK/home} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$WORK/inductor}
 export PYTHONPATH=src:$WORK/site:${PYTHONPATH:-} PYTHONUNBUFFERED=1
@@ -88,8 +89,8 @@ ablate() { # SEED
 
 suite() {
     export DIR=$SUITE JOBS=$SUITE_JOBS LIMIT=${LIMIT:-280}
-    bash benchmarks/suite_h100.sh install
-    SECONDS_EACH=$SUITE_S OUT=$WORK/suite-out bash benchmarks/suite_h100.sh run paper base one same
+    bash benchmarks/suite_gpu.sh install
+    SECONDS_EACH=$SUITE_S OUT=$WORK/suite-out bash benchmarks/suite_gpu.sh run paper base one same
     cp "$WORK/suite-out/suite-answers.tgz" "$OUT/"
 }
 
@@ -105,9 +106,9 @@ stage() { # NAME [arguments]: how long it took, and everything there is into $OU
     local began=$SECONDS
     "$@" || echo "$1 failed; see $WORK/logs" >&2
     echo "$1: $((SECONDS - began)) s" | tee -a "$WORK/logs/stages.log" >&2
-    [ ! -e "$WORK/comparison.json" ] || cp "$WORK/comparison.json" "$OUT/comparison-h100.json"
-    [ ! -e "$WORK/ablations.json" ] || cp "$WORK/ablations.json" "$OUT/ablations-h100.json"
-    [ ! -e "$WORK/ablations-plain.json" ] || cp "$WORK/ablations-plain.json" "$OUT/ablations-plain-h100.json"
+    [ ! -e "$WORK/comparison.json" ] || cp "$WORK/comparison.json" "$OUT/comparison-$GPU.json"
+    [ ! -e "$WORK/ablations.json" ] || cp "$WORK/ablations.json" "$OUT/ablations-$GPU.json"
+    [ ! -e "$WORK/ablations-plain.json" ] || cp "$WORK/ablations-plain.json" "$OUT/ablations-plain-$GPU.json"
     tar -czf "$OUT/state.tgz" -C "$WORK" logs state reports
 }
 

@@ -190,7 +190,7 @@ def measured(name: str, case: Case, bench: Bench, args: argparse.Namespace, band
         yield shown(Run(label=f"{name}, {bench.cached} cached: {label}", settings=settings | {"contender": label}, figures=figures))
     if bench.cached == first:
         marks = {f"forward_ms_{width}": case.marks[width] for width in case.widths if width in case.marks}
-        yield Run(label=f"{name}, {bench.cached} cached: mark", settings=settings, figures=marks)
+        yield Run(label=f"{name}, {bench.cached} cached: mark of an H100", settings=settings, figures=marks)
 
 
 def varied(name: str, case: Case, bench: Bench, args: argparse.Namespace) -> Iterator[Run]:

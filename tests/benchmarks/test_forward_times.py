@@ -38,7 +38,7 @@ def test_every_contender_is_timed_beside_floor_and_mark(main: Callable[..., dict
     profile = tmp_path / "profile.json"
     content = main("--profile", profile)
     labels = [run["label"] for run in content["runs"]]
-    assert labels[:6] == [f"tiny, 16 cached: {who}" for who in ("floor", "static", "eager", "transformers", "transformers-graph", "mark")]
+    assert labels[:6] == [f"tiny, 16 cached: {who}" for who in ("floor", "static", "eager", "transformers", "transformers-graph", "mark of an H100")]
     figures = {run["label"]: run["figures"] for run in content["runs"]}
     for who in ("static", "eager", "transformers"):
         assert {*figures[f"tiny, 48 cached: {who}"]} == {"forward_ms_1", "forward_ms_5"}
@@ -52,7 +52,7 @@ def test_every_contender_is_timed_beside_floor_and_mark(main: Callable[..., dict
 
 def test_flags_narrow_what_is_measured(main: Callable[..., dict]) -> None:
     content = main("--contenders", "eager", "--widths", 3, "--cached", 32)
-    assert [run["label"] for run in content["runs"]] == [f"tiny, 32 cached: {who}" for who in ("floor", "eager", "mark")]
+    assert [run["label"] for run in content["runs"]] == [f"tiny, 32 cached: {who}" for who in ("floor", "eager", "mark of an H100")]
     assert {*content["runs"][1]["figures"]} == {"forward_ms_3"}
 
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # What docs/engine.md and README.md say of the engine and the default model, measured on one GPU in stages of bounded time.
-#     bash benchmarks/engine_h100.sh forward serving predictable carrier quality checks quantized     # any of these, in this order
+#     bash benchmarks/engine_gpu.sh forward serving predictable carrier quality checks quantized     # any of these, in this order
 # A stage that runs out of its seconds (FORWARD_S and so on) writes what it has. Compiled kernels stay in $WORK/triton; `save` packs them for
 # the way home and `restore FILE` unpacks them on the next machine, which otherwise compiles for minutes: they fit as long as src/ is the same.
 # Paths: WORK (scratch of the machine), DATA (heldout.jsonl.gz, tasks_heldout.jsonl.gz), OUT (what comes back). Timings want the GPU alone.
 set -euo pipefail
+source "$(dirname "$0")/gpu_name.sh"
 WORK=${WORK:-/tmp/campaign}
 DATA=${DATA:-$WORK/data} OUT=${OUT:-$WORK/out} DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3}
 export REFUSION_HOME=${REFUSION_HOME:-$WORK/home} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$WORK/triton} PYTHONUNBUFFERED=1
@@ -45,7 +46,7 @@ restore() { # FILE...: the parts, in their order
 limited() { # NAME SECONDS SCRIPT [options]
     local name=$1 seconds=$2 began=$SECONDS code=0; shift 2
     # A shell's background jobs ignore INT, so it is switched on again.
-    timeout -s INT -k 15 "$seconds" env --default-signal=INT "$PYTHON" "benchmarks/$1" --output "$OUT/$name-h100.json" "${@:2}" > "$WORK/logs/$name.log" 2>&1 || code=$?
+    timeout -s INT -k 15 "$seconds" env --default-signal=INT "$PYTHON" "benchmarks/$1" --output "$OUT/$name-$GPU.json" "${@:2}" > "$WORK/logs/$name.log" 2>&1 || code=$?
     echo "$name: ended with $code after $((SECONDS - began)) s"
     tar -czf "$OUT/logs.tgz" -C "$WORK" logs
 }

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The paper's benchmarks on a GPU machine without network, in bounded time; each stage can be run again and goes on where it stopped.
 #     bash benchmarks/suite_wheels.sh .carry/suite                 # here; carry DIR=.carry/suite along with the checkout
-#     bash benchmarks/suite_h100.sh install                        # there: the wheels into $WORK/site
-#     bash benchmarks/suite_h100.sh run base same paper one        # any of these, at most SECONDS_EACH each, JOBS at a time
+#     bash benchmarks/suite_gpu.sh install                        # there: the wheels into $WORK/site
+#     bash benchmarks/suite_gpu.sh run base same paper one        # any of these, at most SECONDS_EACH each, JOBS at a time
 # base: the base model, autoregressive · same: our weights, autoregressive · paper: ReFusion with the paper's settings per task · one: ReFusion
 # with one setting for all. GSM8K, ARC-Challenge, HumanEval and MBPP are run whole; of MMLU-Pro and MATH the first LIMIT questions, their
-# subjects in turn. OUT gets suite-NAME-whole.json and suite-NAME-part.json where a run is finished, and suite-answers.tgz in any case:
+# subjects in turn. OUT gets suite-NAME-whole-$GPU.json and suite-NAME-part-$GPU.json where a run is finished, and suite-answers.tgz in any case:
 # unpacked into $WORK/suite on another machine (STATE=suite-answers.tgz), the same command goes on there. With JOBS above 1 the tokens/s in
 # the result files are those of a shared GPU; the tables show tokens per forward. A run's KV cache takes a third of an 80 GB card.
 set -euo pipefail
+source "$(dirname "$0")/gpu_name.sh"
 WORK=${WORK:-/tmp/campaign} DIR=${DIR:-.carry/suite} OUT=${OUT:-$WORK/out} PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda}
 LIMIT=${LIMIT:-1400} SECONDS_EACH=${SECONDS_EACH:-400} JOBS=${JOBS:-1}
 MODEL=${MODEL:-smollm2-135m-refusion} BASE=${BASE:-smollm2-135m}
@@ -28,7 +29,7 @@ run() { # NAMES
     done
     wait
     tar -czf "$OUT/suite-answers.tgz" -C "$WORK/suite" .
-    cp "$WORK"/suite/*.json "$OUT/" 2>/dev/null || true
+    for file in "$WORK"/suite/*.json; do [ ! -e "$file" ] || cp "$file" "$OUT/$(basename "$file" .json)-$GPU.json"; done
 }
 
 run_one() { # NAME

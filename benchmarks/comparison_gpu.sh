@@ -2,12 +2,13 @@
 # The controlled comparison from nothing to the result file: `data` where the shared data and reasoning-gym are, the rest on the GPU machine,
 # with DATA carried there. Each stage can be run again: what is trained is kept, measuring goes on where it stopped. What is trained, asked
 # and timed side by side within minutes: comparison_campaign.sh.
-#     bash benchmarks/comparison_h100.sh data DIR                 # training and held-out rows, 10 MB (REFUSION_SHARED says where from)
+#     bash benchmarks/comparison_gpu.sh data DIR                 # training and held-out rows, 10 MB (REFUSION_SHARED says where from)
 #     bash benchmarks/gpu_campaign.sh base                        # the base model, as for the default model
 #     bash benchmarks/train_comparison.sh SEED STEPS              # all four objectives; DATA=DIR
-#     bash benchmarks/comparison_h100.sh measure [options]        # comparison.py, at most MINUTES; DATA=DIR
+#     bash benchmarks/comparison_gpu.sh measure [options]        # comparison.py, at most MINUTES; DATA=DIR
 # WORK (scratch of the machine), OUT (what comes back). STATE: the folder `answers` of an earlier OUT, to go on from on another machine.
 set -euo pipefail
+source "$(dirname "$0")/gpu_name.sh"
 WORK=${WORK:-/tmp/campaign}
 DATA=${DATA:-$WORK/data} OUT=${OUT:-$WORK/out} PYTHON=${PYTHON:-python3}
 
@@ -29,7 +30,7 @@ measure() { # options of comparison.py
     mkdir -p "$OUT/answers"
     [ -z "${STATE:-}" ] || cp -n "$STATE"/* "$OUT/answers/"
     $PYTHON benchmarks/comparison.py --runs "$WORK/runs/comparison" --data "$DATA" --device "${DEVICE:-cuda}" --state "$OUT/answers" \
-        --output "$OUT/comparison-h100.json" --seconds "$((${MINUTES:-9} * 60))" "$@"
+        --output "$OUT/comparison-$GPU.json" --seconds "$((${MINUTES:-9} * 60))" "$@"
 }
 
 "$@"
