@@ -38,7 +38,9 @@ def test_every_contender_is_timed_beside_floor_and_mark(main: Callable[..., dict
     profile = tmp_path / "profile.json"
     content = main("--profile", profile)
     labels = [run["label"] for run in content["runs"]]
-    assert labels[:6] == [f"tiny, 16 cached: {who}" for who in ("floor", "static", "eager", "transformers", "transformers-graph", "mark of an H100")]
+    assert labels[:6] == [
+        f"tiny, 16 cached: {who}" for who in ("floor", "static", "eager", "transformers", "transformers-graph", "mark of an H100")
+    ]
     figures = {run["label"]: run["figures"] for run in content["runs"]}
     for who in ("static", "eager", "transformers"):
         assert {*figures[f"tiny, 48 cached: {who}"]} == {"forward_ms_1", "forward_ms_5"}
