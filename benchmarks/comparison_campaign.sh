@@ -7,6 +7,7 @@
 #     bash benchmarks/comparison_campaign.sh ablate SEED                 # one setting at a time on the ReFusion model of this seed
 #     bash benchmarks/comparison_campaign.sh suite                       # seven benchmarks with base and default model
 #     bash benchmarks/comparison_campaign.sh all STEPS SEED...           # train, ask, speed, ablate, suite
+# GPUS=2 shares the trainings and questions among two; speed and ablate take the first one (or the one in CUDA_VISIBLE_DEVICES).
 # Every stage ends after its seconds (TRAIN_S, ASK_S, SPEED_S, ABLATE_S, SUITE_S) and goes on where it stopped if it is run again, as long
 # as $WORK is there: trainings from their checkpoints, everything else answer by answer. `all` goes on to the next stage either way.
 # What comes back lies in $OUT: comparison-$GPU.json, ablations-$GPU.json, ablations-plain-$GPU.json, state.tgz (answers, logs, training
@@ -17,7 +18,7 @@ export WORK=${WORK:-/tmp/campaign} DATA=${DATA:-.carry/comparison} SUITE=${SUITE
 export OUT=${OUT:-$WORK/out} REFUSION_HOME=${REFUSION_HOME:-$WORK/home} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$WORK/inductor}
 export PYTHONPATH=src:$WORK/site:${PYTHONPATH:-} PYTHONUNBUFFERED=1
 [ ! -d "$WORK/gguf" ] || export REFUSION_GGUF=$WORK/gguf
-JOBS=${JOBS:-2} ASK_JOBS=${ASK_JOBS:-3} SUITE_JOBS=${SUITE_JOBS:-2} BASE=${BASE:-smollm2-135m}
+GPUS=${GPUS:-1} JOBS=${JOBS:-2} ASK_JOBS=${ASK_JOBS:-3} SUITE_JOBS=${SUITE_JOBS:-2} BASE=${BASE:-smollm2-135m}
 TRAIN_S=${TRAIN_S:-300} ASK_S=${ASK_S:-120} SPEED_S=${SPEED_S:-90} ABLATE_S=${ABLATE_S:-100} SUITE_S=${SUITE_S:-160}
 # What a small machine needs otherwise, such as a dry run on a CPU: further options of each script.
 TRAIN_OPTIONS=${TRAIN_OPTIONS:-} ASK_OPTIONS=${ASK_OPTIONS:-} SPEED_OPTIONS=${SPEED_OPTIONS:-} ABLATE_OPTIONS=${ABLATE_OPTIONS:-}
@@ -112,10 +113,11 @@ stage() { # NAME [arguments]: how long it took, and everything there is into $OU
     tar -czf "$OUT/state.tgz" -C "$WORK" logs state reports
 }
 
-pool() { # JOBS FUNCTION ARGUMENT...: a call per argument, so many at a time
-    local jobs=$1 function=$2; shift 2
+pool() { # JOBS FUNCTION ARGUMENT...: a call per argument, so many at a time, on GPUs 0 to GPUS - 1 in turn
+    local jobs=$1 function=$2 nth=0; shift 2
     for argument in "$@"; do
         while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || true; done
+        [ "$GPUS" = 1 ] || local -x CUDA_VISIBLE_DEVICES=$((nth++ % GPUS))
         "$function" "$argument" &
     done
     wait
