@@ -17,6 +17,7 @@ from torch import Tensor
 from refusion.decoding.flat_readout import sampled_readout
 from refusion.decoding.forward import Readout, readout_logits
 from refusion.decoding.forward import Rows as ReadRows
+from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import Rounds, SeatReport
 from refusion.decoding.sampling import Draw, cut_answer
 from refusion.engine.network import FlatNetwork, KeyValues
@@ -169,7 +170,10 @@ class Server:
         rows = Rows.empty(num_prompt + num_rows, torch.device("cpu"))
         self._write_prompts(rows, chunks)
         self.rounds.lay_out(rows.narrow(num_prompt, num_rows), self.spans, start=num_prompt, num_seats=num_seats, candidates=candidates)
-        readout = self._readout(self.forward.run(rows, self.spans, num_prompt).float(), rows.narrow(num_prompt, num_rows))
+        logits = self.forward.run(rows, self.spans, 0).float()
+        if isinstance(self.rounds, RefusionRounds):
+            self._name_firsts(logits, chunks)
+        readout = self._readout(logits[num_prompt:], rows.narrow(num_prompt, num_rows))
         for seat, request, start, size in chunks:
             place = torch.arange(request.num_prefilled, request.num_prefilled + size)
             self.forward.store(torch.arange(start, start + size).int(), self.spans.cache_rows(torch.tensor(seat).expand(size), place).int())
@@ -217,6 +221,20 @@ class Server:
             part.seat.fill_(seat)
             part.segment.fill_(PROMPT)
             part.parent.fill_(-1)
+
+    def _name_firsts(self, logits: Tensor, chunks: list[tuple[int, Request, int, int]]) -> None:
+        """What the last prompt row of every seat says, drawn by the seed and position of the seat and as the first draft."""
+        self.rounds.first_ids.fill_(-1)
+        for seat, request, start, size in chunks:
+            key = torch.tensor([request.seed]), torch.tensor([len(request.prompt) - 1]), torch.tensor([1])
+            temperature = torch.tensor([self.temperature])
+            top_p = None if self.top_p == 1.0 else torch.tensor([self.top_p])
+            last = logits[start + size - 1 : start + size].clone()
+            if self.temperature == 0.0:
+                read = readout_logits(last, self.banned, Draw(0.0, 1.0, key[0], key[2]), ReadRows(key[0], key[2], key[1], key[2] * 0))
+            else:
+                read = sampled_readout(last, self.banned, key[2] * 0, temperature, top_p, *key)
+            self.rounds.first_ids[seat] = int(read.token_ids)
 
     def _readout(self, logits: Tensor, rows: Rows) -> Readout:
         count, num_runner_ups = rows.num_rows, 0 if self.is_autoregressive else self.rounds.slots.alternatives

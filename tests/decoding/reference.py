@@ -44,7 +44,9 @@ class Reference:
             self.committed.append(Row.of(token, position, self.committed))
         self.answer: dict[int, int] = {}  # place in the answer -> token
         self.num_forwards, self.num_drafts = 0, 0
-        self.firsts: dict[int, int] = {}  # slot -> its first token, where the slot before it has named it
+        self.firsts: dict[int, int] = {}  # slot -> its first token, where the slot before it has named it, or the prompt
+        if self.corrects:
+            self.firsts[0] = self._read(self.committed[-1], attempt=1)[0]
         self.runner_ups: dict[int, list[list[int]]] = {}  # slot -> per place those of its draft
         num_slots = self.num_slots = -(-self.max_tokens // self.slot_size)
         self.closed: set[int] = set()

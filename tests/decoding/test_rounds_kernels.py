@@ -6,6 +6,7 @@ In Triton's interpreter without a GPU (TRITON_INTERPRET=1), compiled with one.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -129,12 +130,24 @@ def run_both(plain: Side, kernels: Side, max_tokens: int, seed: int, *, agreemen
             side.lay_out(num_rows, start, running, candidates)
         if kernels in sides:
             check_equal(plain, kernels)
+        name_firsts(sides, running, np.random.default_rng(forward), eos)
         for side in sides:
             side.settle(readout, running, candidates)
         if kernels in sides:
             check_equal(plain, kernels)
         assert not plain.rounds.report[:, OVERFLOW].any()
     return phases
+
+
+def name_firsts(sides: Sequence[Side], running: int, rng: np.random.Generator, eos: float) -> None:
+    """Prompts that end in the first forward of a seat, as the runner says it; the same on all sides."""
+    if not isinstance(sides[0].rounds, RefusionRounds):
+        return
+    is_first = sides[0].rounds.table.column("num_forwards", running).cpu().numpy() == 0
+    token = np.where(rng.random(running) < eos, int(EOS_IDS[0]), rng.integers(MASK + 1, VOCAB, running))
+    first_ids = torch.from_numpy(np.where(is_first, token, -1)).int().to(DEVICE)
+    for side in sides:
+        side.rounds.first_ids[:running].copy_(first_ids)
 
 
 RULES = [("paper", "paper", True), ("argmax", "autoregressive", True), ("paper", "autoregressive", False), ("argmax", "paper", True)]

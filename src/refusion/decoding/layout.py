@@ -80,7 +80,7 @@ def build_grids(
         grids["alternatives"] = cells.alternatives(runner_ups, num_tried, segments)
         segments += width * num_tried * slots.alternatives
     if prompts is not None:
-        grids["prompt"], shapes["prompt"] = _prompt(state, prompts, segments), (prompts.shape[1],)
+        grids["prompt"], shapes["prompt"] = _prompt(state, prompts, segments, names_first=slots.names_first), (prompts.shape[1],)
     return Grids(grids, shapes, window, plan_slots, is_planned)
 
 
@@ -256,9 +256,10 @@ class _Cells:
         return Grid(*(part.expand(token_ids.shape).flatten(1) for part in parts))
 
 
-def _prompt(state: DecodeState, prompts: Tensor, segment: int) -> Grid:
-    """The prompt as one more segment, which the first plan sees whole."""
+def _prompt(state: DecodeState, prompts: Tensor, segment: int, *, names_first: bool) -> Grid:
+    """The prompt as one more segment, which the first plan sees whole. names_first: its last row is read."""
     place = torch.arange(prompts.shape[1], device=prompts.device).expand(prompts.shape)
     is_token = place < state.prompt_lengths[:, None]
+    is_read = (place == state.prompt_lengths[:, None] - 1) & names_first
     nothing = torch.zeros_like(place)
-    return Grid(prompts, place, nothing + segment, place, nothing + NO_PARENT, nothing, is_token, nothing.bool(), nothing, is_token)
+    return Grid(prompts, place, nothing + segment, place, nothing + NO_PARENT, nothing, is_token, is_read, nothing, is_token)

@@ -149,6 +149,11 @@ class SlotSettings:
         """Rows of an infill group at most."""
         return min(self.infill_length or self.slot_size, self.slot_size)
 
+    @property
+    def names_first(self) -> bool:
+        """Whether the last row of the prompt names the first token of the answer, as the last row of a slot names that of the next."""
+        return self.correction == "autoregressive"
+
     def candidates(self) -> int:
         """Accepted lengths a fused infill forward prepares for: 1 .. this many beyond what is verified.
 

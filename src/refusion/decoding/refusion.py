@@ -77,8 +77,9 @@ class ReFusionDecoder:
         draw = Draw(self.sampling.temperature, self.sampling.top_p, self.state.seeds, self.state.num_drafts + 1)
         batch, placement = pack_padded(grids, draw, self.slots.alternatives)
         readout = self._read(batch, placement)
+        first_ids = self._first_ids(placement, readout)
         self._commit_prompts(placement)
-        settled = settle_forward(self.state, self.slots, num_candidates, self.mask_id, self.eos_ids, placement, readout)
+        settled = settle_forward(self.state, self.slots, num_candidates, self.mask_id, self.eos_ids, placement, readout, first_ids)
         self._commit(placement, settled.report.is_committed)
         self.state = settled.state
         return settled.report
@@ -86,6 +87,12 @@ class ReFusionDecoder:
     def _read(self, batch: ForwardBatch, placement: Placement) -> Readout:
         """What the network says; `refusion.decoding.variants` has one that scores slots in other ways."""
         return self.forward(batch, self.cache)
+
+    def _first_ids(self, placement: Placement, readout: Readout) -> Tensor | None:
+        """[B] what the last rows of the prompts say, in the forward that runs them."""
+        if self.prompts is None or not self.slots.names_first:
+            return None
+        return placement.fold("prompt", readout.token_ids).gather(1, self.state.prompt_lengths[:, None] - 1)[:, 0]
 
     def _commit_prompts(self, placement: Placement) -> None:
         """The first forward's prompt rows join the cache; its masks do not."""

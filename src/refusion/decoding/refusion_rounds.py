@@ -62,6 +62,8 @@ class RefusionRounds:
         buffers = RowBuffers(num_seats, self.num_kept, self.report_width, max_rows or self._most_rows(num_seats), device)
         self.given_ids, self.seeds, self.attempts = buffers.given_ids, buffers.seeds, buffers.attempts
         self.source, self.target, self.report = buffers.source, buffers.target, buffers.report
+        self.first_ids = torch.full((num_seats,), -1, dtype=torch.int32, device=device)
+        """[B] for `settle`: what the last row of a prompt that this forward ran to its end says, -1 where it ran none."""
 
     def _columns(self) -> dict[str, int]:
         """What is known of a seat when it is admitted comes first."""
@@ -159,7 +161,9 @@ class RefusionRounds:
             settle(self, readout, spans, **where)
             return
         state = self.state(num_seats)
-        settled = settle_forward(state, self.slots, self._candidates(candidates), self.mask_id, self.eos_ids, self._placement, readout)
+        first_ids = self.first_ids[:num_seats] if self.slots.names_first else None
+        given = (self._candidates(candidates), self.mask_id, self.eos_ids, self._placement, readout, first_ids)
+        settled = settle_forward(state, self.slots, *given)
         self._keep(settled.report.is_committed.flatten(1), spans, num_seats)
         step = replace(settled.report, phase=state.phase.clone())  # the state is about to change in place
         is_running = step.phase != DONE

@@ -127,6 +127,13 @@ class Request:
         return self.prompt_ids if self.key.slots is not None else self.prompt_ids[:-1]
 
     @property
+    def sharable_ids(self) -> np.ndarray:
+        """The prompt tokens whose pages may come from other requests; where the last prompt row names the first token, it has to run."""
+        assert self.key is not None, "which tokens are prefilled depends on the decoder"
+        names_first = self.key.slots is not None and self.key.slots.names_first
+        return self.prompt_ids[:-1] if names_first else self.prefill_ids
+
+    @property
     def has_listeners(self) -> bool:
         return self.new.on_event is not None or self.new.find_stop is not None
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.flat_readout import sampled_readout
 from refusion.decoding.forward import Readout
+from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.engine.lanes import Captured, Lane, LaneKey, new_lane
 from refusion.engine.network import FlatNetwork, KeyValues
 from refusion.engine.shapes import LONE_TILE_ROWS, PROMPT_ROWS, TILE_ROWS, Shape, at_least, row_bucket, tile_rows
 from refusion.errors import RequestError
-from refusion.model.rows import PADDING, PROMPT, Rows
+from refusion.model.rows import PADDING, PROMPT, Rows, Spans
 
 # B = seats, P = prompt rows, T = decode rows, R = report columns, N = tiles
 
@@ -331,12 +332,15 @@ class Runner:
         if num_prompt:
             self._store(new, self.prompt_sources[:num_prompt], self.prompt_targets[:num_prompt])
             spans.cached.add_(spans.prompt_end - spans.prompt_start)
+            self._name_firsts(lane, hidden, spans)
         lane.rounds.settle(readout, spans, num_seats=num_seats, candidates=shape.candidates)
         if num_kept := _num_kept(lane, shape):
             self._store(new, lane.rounds.source[:num_kept], lane.rounds.target[:num_kept])
         if num_prompt:
             spans.prompt_start.zero_()
             spans.prompt_end.zero_()
+            if isinstance(lane.rounds, RefusionRounds):
+                lane.rounds.first_ids.fill_(-1)
 
     def _readout(self, lane: Lane, hidden: Tensor, rows: Rows, num_seats: int) -> Readout:
         """Of all decode rows; of a diffusion lane only of those it reads."""
@@ -361,6 +365,31 @@ class Runner:
             lane.rounds.attempts[:num_rows],
             num_runner_ups,
         )
+
+    def _name_firsts(self, lane: Lane, hidden: Tensor, spans: Spans) -> None:
+        """Where slots want it, what the last prompt row of every seat says; a second small readout, since few forwards have prompt rows."""
+        rounds = lane.rounds
+        if not isinstance(rounds, RefusionRounds) or not rounds.slots.names_first:
+            return
+        num_seats = len(spans.prompt_end)
+        last = hidden.index_select(0, (spans.prompt_end - 1).clamp(min=0))
+        given_ids = torch.zeros_like(spans.prompt_end)
+        if lane.key.is_greedy:
+            token_ids = self.network.readout(last, self.bias_banned, given_ids).token_ids
+        else:
+            state = rounds.state(num_seats)
+            token_ids = sampled_readout(
+                self.network.logits(last),
+                self.banned_ids,
+                given_ids,
+                lane.temperature[:num_seats],
+                lane.top_p[:num_seats] if lane.key.has_top_p else None,
+                state.seeds,
+                state.prompt_lengths - 1,
+                state.num_drafts + 1,
+                0,
+            ).token_ids
+        rounds.first_ids[:num_seats].copy_(torch.where(spans.prompt_end > spans.prompt_start, token_ids, -1))
 
     def _store(self, new: KeyValues, source: Tensor, target: Tensor) -> None:
         self.network.ops.store_rows(new.keys, new.values, self.pool.keys, self.pool.values, source, target)

@@ -339,7 +339,7 @@ class Scheduler:
         wanted = min(held + seats.most_committed, cache_room(request.new, seats.key))
         shared, chain = [], request.chain
         if request.saved is None:
-            match = self.prefix.match(tokens)
+            match = self.prefix.match(request.sharable_ids)
             shared, chain = match.pages, match.chain
         missing = _pages_of(wanted, page_size) - len(shared)
         num_seated = sum(len(lane) for lane in self.lanes.values())

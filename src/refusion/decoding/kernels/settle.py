@@ -52,6 +52,7 @@ def settle(rounds: RefusionRounds, readout: Readout, spans: Spans, *, start: int
         readout.given_probability,
         readout.given_is_argmax.view(torch.uint8),
         readout.runner_ups,
+        rounds.first_ids,
         rounds.eos_ids,
         spans.cached,
         spans.page_table,
@@ -106,6 +107,7 @@ def _settle(
     given_probability,
     given_is_argmax,
     drawn_runner_ups,
+    first_ids,
     eos_ids,
     cached,
     page_table,
@@ -206,6 +208,8 @@ def _settle(
     if CORRECTS:
         tl.debug_barrier()
         _put_named(answer, turn.window + grid.slot + 1, ends_whole, first_named, K)
+        first = tl.load(first_ids + seat)  # a prompt has ended in this forward: nothing is committed yet
+        _put_named(answer, grid.slot, (grid.slot == 0) & (first >= 0) & (turn.phase == PLAN), first + tl.zeros_like(grid.slot), K)
         tl.debug_barrier()
         has_first = tl.load(answer.lengths + turn.plan + grid.slot, mask=plan.takes, other=0) == 1
         is_overwritten &= ~(has_first[:, None] & (grid.place == 0))  # the plan leaves the first token alone

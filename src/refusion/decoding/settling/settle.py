@@ -30,9 +30,20 @@ class Settled:
 
 
 def settle_forward(
-    state: DecodeState, slots: SlotSettings, num_candidates: int, mask_id: int, eos_ids: Tensor, placement: Placement, readout: Readout
+    state: DecodeState,
+    slots: SlotSettings,
+    num_candidates: int,
+    mask_id: int,
+    eos_ids: Tensor,
+    placement: Placement,
+    readout: Readout,
+    first_ids: Tensor | None = None,
 ) -> Settled:
-    """Judge one forward of every request. eos_ids [E] end an answer."""
+    """Judge one forward of every request. eos_ids [E] end an answer.
+
+    first_ids [B]: what the last row of a prompt that this forward ran to its end says, -1 where it ran none; for
+    `SlotSettings.names_first` alone.
+    """
     turn = read_turn(state, slots, num_candidates, mask_id, eos_ids, placement, readout)
     corrects = slots.correction == "autoregressive"
     verdict = reach_verdict(turn)
@@ -45,6 +56,8 @@ def settle_forward(
     state = _with_block(turn, verdict, drafts)
     if corrects:
         state = _name_firsts(turn, verdict, state)
+    if first_ids is not None:
+        state = _begin_with(first_ids, turn, state)
     state = put_plan(turn, state, verdict.plan_holds)
     return Settled(_next_phase(turn, verdict, state, infill.is_covered), report_step(turn, verdict))
 
@@ -96,6 +109,15 @@ def _name_firsts(turn: Turn, verdict: TurnVerdict, state: DecodeState) -> Decode
     firsts = F.pad(state.token_ids[:, :, 0], (0, 1)).scatter(1, target, names)[:, :num_slots]
     lengths = F.pad(state.lengths, (0, 1)).scatter(1, target, 1)[:, :num_slots]
     token_ids = torch.cat((firsts[:, :, None], state.token_ids[:, :, 1:]), dim=2)
+    return replace(state, token_ids=token_ids, lengths=lengths)
+
+
+def _begin_with(first_ids: Tensor, turn: Turn, state: DecodeState) -> DecodeState:
+    """The prompt's last row names the first token of the answer, as `_name_firsts` does of later slots."""
+    is_named = (first_ids >= 0) & (turn.phase == PLAN)
+    token_ids, lengths = state.token_ids.clone(), state.lengths.clone()
+    token_ids[:, 0, 0] = torch.where(is_named, first_ids.to(token_ids.dtype), token_ids[:, 0, 0])
+    lengths[:, 0] = torch.where(is_named, 1, lengths[:, 0])
     return replace(state, token_ids=token_ids, lengths=lengths)
 
 
