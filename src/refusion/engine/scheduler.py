@@ -333,7 +333,6 @@ class Scheduler:
     def _seat(self, seats: Seats, request: Request) -> bool:
         """A seat with pages for all it had or its whole prompt, and for its next round; False if there are too few."""
         page_size = self.runner.page_size
-        tokens = request.prefill_ids
         cached = 0 if request.saved is None else request.saved.num_cached
         held = max(cached, first_room(request.new, seats.key))
         wanted = min(held + seats.most_committed, cache_room(request.new, seats.key))
