@@ -22,10 +22,30 @@ def test_a_table_is_measured_once_and_again_where_it_cannot_be_read(
     assert measured_costs(network) == measured_costs(network) == TABLE
     assert len(measured) == 1
     (file,) = (tmp_path / "costs").iterdir()
-    for spoilt in ("", "{", "[]", '{"widths": [1], "seconds": [1.0]}', '{"widths": [1, 2], "seconds": ["a", "b"]}'):
-        file.write_text(spoilt)
+    for spoilt in ("", "{", "[]", '{"widths": [1], "seconds": [1.0]}', '{"widths": [1, 2], "seconds": [1, 2]}', "5"):
+        file.write_text(spoilt)  # the last but one is of a version that did not know unrest
         assert measured_costs(network) == TABLE
-    assert len(measured) == 6
+    assert len(measured) == 7
+
+
+def test_what_a_busy_machine_said_is_not_kept(
+    network: FlatNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("REFUSION_HOME", str(tmp_path))
+    tables = [CostTable((1, 4), (2.0, 2.0), unrest=3.0), TABLE]
+    monkeypatch.setattr(costs, "measure", lambda network, widths: tables.pop(0))
+    monkeypatch.setattr(costs, "_of_this_process", {})
+    assert measured_costs(network) == measured_costs(network) != TABLE  # once a process
+    assert not (tmp_path / "costs").exists()
+    assert len(caplog.records) == 1
+    costs._of_this_process.clear()  # the next one
+    assert measured_costs(network) == measured_costs(network) == TABLE
+
+
+def test_unrest_is_how_far_repeats_are_apart(network: FlatNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = iter([[1.0, 1.1, 1.2], [2.0, 6.0, 8.0], [3.0, 3.0, 30.0]])
+    monkeypatch.setattr(costs, "_seconds", lambda *_: next(taken))
+    assert costs.measure(network, (1, 2, 3)) == CostTable((1, 2, 3), (1.0, 2.0, 3.0), unrest=1.1)
 
 
 def test_costs_are_linear_between_the_measured_widths_and_beyond() -> None:

@@ -6,6 +6,8 @@ many pay, and which decoder does, depends on where the cost of a forward stops b
 
 import hashlib
 import json
+import logging
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,9 +24,13 @@ from refusion.engine.network import FlatNetwork, KeyValues
 from refusion.engine.shapes import LONE_TILE_ROWS, tile_rows
 from refusion.model.rows import Rows, Spans, Tiles
 
+_log = logging.getLogger(__name__)
+
 CPU_WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 GPU_WIDTHS = (1, 16, 32, 64, 128, 192, 256, 512, 1024, 2048, 4096)
 NUM_CACHED = 256
+CALM = 1.25
+"""A median this far above the least says that others use the machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,8 @@ class CostTable:
 
     widths: tuple[int, ...]
     seconds: tuple[float, ...]
+    unrest: float = 1.0
+    """How far repeats of the same forward were apart: the median over the least, of the median width."""
 
     def cost(self, num_rows: "float | np.ndarray") -> "float | np.ndarray":
         """Seconds of a forward of `num_rows`, linear between the measured widths and beyond the last."""
@@ -44,21 +52,34 @@ class CostTable:
 
 
 def measured_costs(network: FlatNetwork) -> CostTable:
-    """The cost table of this network on this machine; measured once (seconds), then read from the cache directory."""
-    path = hub.cache_dir() / "costs" / f"{_fingerprint(network)}.json"
-    if (stored := _read(path)) is not None:
-        return stored
+    """The cost table of this network on this machine; measured once (seconds), then read from the cache directory.
+
+    What was measured while others used the machine serves this process alone: costs that come from waiting for them are flat, and with
+    flat costs everything that saves forwards seems to pay.
+    """
+    name = _fingerprint(network)
+    path = hub.cache_dir() / "costs" / f"{name}.json"
+    if (known := _read(path) or _of_this_process.get(name)) is not None:
+        return known
     table = measure(network, GPU_WIDTHS if network.device.type == "cuda" else CPU_WIDTHS)
+    if table.unrest > CALM:
+        _log.warning("refusion: this machine is busy, so what forwards cost is uncertain; it is measured again at the next start")
+        _of_this_process[name] = table
+        return table
     with atomic_file(path) as draft:
         draft.write_text(json.dumps(asdict(table)), encoding="utf-8")
     return table
+
+
+_of_this_process: dict[str, CostTable] = {}
+"""By fingerprint, what is not good enough to keep."""
 
 
 def _read(path: Path) -> CostTable | None:
     """A stored table; None if there is none that can be read."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        table = CostTable(tuple(map(int, stored["widths"])), tuple(map(float, stored["seconds"])))
+        table = CostTable(tuple(map(int, stored["widths"])), tuple(map(float, stored["seconds"])), float(stored["unrest"]))
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return table if len(table.widths) == len(table.seconds) > 1 else None
@@ -70,9 +91,10 @@ def measure(network: FlatNetwork, widths: Sequence[int], repeats: int = 5) -> Co
     for width in widths:
         forward = _forward_of(network, width)
         run = _captured(forward) if network.device.type == "cuda" else forward
-        seconds.append(_least_seconds(run, network.device, repeats))
-    monotone = np.maximum.accumulate(seconds)  # noise must not make a wider forward cheaper
-    return CostTable(tuple(widths), tuple(float(value) for value in monotone))
+        seconds.append(_seconds(run, network.device, repeats))
+    monotone = np.maximum.accumulate([min(taken) for taken in seconds])  # noise must not make a wider forward cheaper
+    unrest = statistics.median(statistics.median(taken) / min(taken) for taken in seconds)
+    return CostTable(tuple(widths), tuple(float(value) for value in monotone), unrest)
 
 
 def _forward_of(network: FlatNetwork, width: int) -> Callable[[], None]:
@@ -107,8 +129,8 @@ def _captured(forward: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _least_seconds(run: Callable[[], None], device: torch.device, repeats: int) -> float:
-    taken = []
+def _seconds(run: Callable[[], None], device: torch.device, repeats: int) -> list[float]:
+    taken: list[float] = []
     for _ in range(repeats + 2):
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -117,7 +139,7 @@ def _least_seconds(run: Callable[[], None], device: torch.device, repeats: int) 
         if device.type == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
-    return min(taken[2:])
+    return taken[2:]
 
 
 def _fingerprint(network: FlatNetwork) -> str:
