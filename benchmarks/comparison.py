@@ -1,4 +1,4 @@
-"""The controlled comparison: models of four objectives, trained alike, each decoded by its own decoder in this engine.
+"""The controlled comparison: models of four objectives (ReFusion by two recipes), trained alike, each with its own decoder in this engine.
 
     python benchmarks/comparison.py --runs RUNS --data DATA --device cuda --state STATE --output comparison.json
     python benchmarks/comparison.py ... --limit 50 --seconds 120          # a quick look
@@ -65,6 +65,8 @@ class Contender:
     diffusion: dict[str, Any] = field(default_factory=dict)
     is_main: bool = True
     """Asked every task; the others are only timed, unless they are named."""
+    recipe: str = ""
+    """The recipe of recipes/comparison/ that trained its models; left out: that of its objective's name."""
     num_problems: int | None = None
     """Asked so many problems of each task at most, the first ones; None: all."""
     fixed_tokens: int | None = None
@@ -73,6 +75,11 @@ class Contender:
     def size(self, task: Task) -> int:
         """How many problems of the task it is asked."""
         return min(len(task.rows), self.num_problems or len(task.rows))
+
+    @property
+    def trained_by(self) -> str:
+        """Name of a recipe."""
+        return self.recipe or self.objective
 
     @property
     def options(self) -> dict[str, Any]:
@@ -103,6 +110,7 @@ PAPER_SLOTS = SlotParams(
 CONTENDERS = (
     Contender(name="autoregressive", objective="autoregressive"),
     Contender(name="refusion", objective="refusion", slots=SLOTS),
+    Contender(name="refusion_few", objective="refusion", recipe="refusion_few", slots=SLOTS),
     Contender(name="block_diffusion", objective="block_diffusion"),
     Contender(name="refusion_paper", objective="refusion", slots=PAPER_SLOTS, num_problems=500),
     # One token a forward in blocks of 32, the method at its most careful. Stopping behind the EOS changes no token before it. A forward of
@@ -122,14 +130,14 @@ CONTENDERS = (
 class Model:
     """A trained model, and the checksum it is known by."""
 
-    objective: str
+    recipe: str
     seed: int
     path: Path
     sha256: str
 
     @property
     def name(self) -> str:
-        return f"{self.objective}-{self.seed}"
+        return f"{self.recipe}-{self.seed}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +156,7 @@ class OutOfTime(Exception):
 def main() -> None:
     args = flags()
     models = found_models(args)
-    contenders = chosen_contenders(args, {model.objective for model in models})
+    contenders = chosen_contenders(args, {model.recipe for model in models})
     asked = read_tasks(args)
     chat = Task("chat", harness.rows_of(args.data / "heldout.jsonl.gz", limit=args.chat_rows), args.max_tokens)
     identity = {"dtype": args.dtype, "device": args.device, "slots": args.slots, "max_tokens": args.max_tokens}
@@ -203,11 +211,11 @@ def found_models(args: argparse.Namespace) -> list[Model]:
     """Every OBJECTIVE-SEED/final in RUNS. Raises DataError if there is none."""
     found = []
     for path in sorted(args.runs.glob("*-*/final")):
-        objective, _, seed = path.parent.name.rpartition("-")
-        if objective in {c.objective for c in CONTENDERS} and seed.isdigit() and (args.seeds is None or int(seed) in args.seeds):
-            found.append(Model(objective, int(seed), path, checksum(path)))
+        recipe, _, seed = path.parent.name.rpartition("-")
+        if recipe in {c.trained_by for c in CONTENDERS} and seed.isdigit() and (args.seeds is None or int(seed) in args.seeds):
+            found.append(Model(recipe, int(seed), path, checksum(path)))
     if not found:
-        raise DataError(f"{args.runs} holds no OBJECTIVE-SEED/final; train some first (benchmarks/train_comparison.sh)")
+        raise DataError(f"{args.runs} holds no RECIPE-SEED/final; train some first (benchmarks/train_comparison.sh)")
     return found
 
 
@@ -219,7 +227,7 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def chosen_contenders(args: argparse.Namespace, objectives: set[str]) -> list[Contender]:
+def chosen_contenders(args: argparse.Namespace, recipes: set[str]) -> list[Contender]:
     """Those that have models, with --slots set. Raises ConfigError for an unknown name or a decoder that is not here."""
     known = {contender.name: contender for contender in CONTENDERS}
     unknown = [name for name in args.contenders or () if name not in known]
@@ -229,7 +237,7 @@ def chosen_contenders(args: argparse.Namespace, objectives: set[str]) -> list[Co
         known["refusion"] = replace(known["refusion"], slots=SlotParams(**args.slots))
     if args.contenders is not None:
         known = {name: replace(known[name], is_main=True) for name in args.contenders}
-    chosen = [contender for contender in known.values() if contender.objective in objectives]
+    chosen = [contender for contender in known.values() if contender.trained_by in recipes]
     missing = [contender.objective for contender in chosen if contender.objective not in DECODERS]
     if missing:
         raise ConfigError(f"decoder {missing[0]} is not part of this version; leave it out with --contenders")
@@ -274,7 +282,7 @@ class Bench:
     def measure(self, models: Sequence[Model]) -> None:
         """Everything about the models of one seed: task by task what all main contenders answer, then speed."""
         llms: dict[str, LLM] = {}
-        pairs = [(contender, model) for contender in self.contenders for model in models if model.objective == contender.objective]
+        pairs = [(contender, model) for contender in self.contenders for model in models if model.recipe == contender.trained_by]
         main = [(contender, model) for contender, model in pairs if contender.is_main and not self.args.speed_only]
         for task in (*self.asked, self.chat):
             for contender, model in main:
@@ -320,7 +328,7 @@ class Bench:
 
     def likelihoods(self, contender: Contender, model: Model, llms: dict[str, LLM]) -> None:
         """Nats of held-out answers under the model's own factorisation: exact left to right, else a bound. Once a model."""
-        if contender.name != contender.objective:
+        if contender.name != contender.trained_by:
             return
         key = key_of(contender, model, "likelihood")
         rows = self.chat.rows[: self.args.likelihood_rows]
@@ -388,7 +396,7 @@ class Bench:
     def llm(self, model: Model, llms: dict[str, LLM]) -> LLM:
         """Loaded once a seed; the cache is bounded, for all of a seed are there together when they are timed."""
         if model.name not in llms:
-            rows = ROOM * (DECODE_ROWS if self.is_cuda else 4) if model.objective in ("masked_diffusion", "refusion") else None
+            rows = ROOM * (DECODE_ROWS if self.is_cuda else 4) if model.recipe not in ("autoregressive", "block_diffusion") else None
             seats = max([self.batch_size, *self.args.batch_sizes])
             engine = EngineSettings(max_num_seqs=seats, cache_tokens=seats * ROOM, max_decode_rows=rows, prefix_caching=False)
             llms[model.name] = LLM.from_pretrained(model.path, device=self.args.device, dtype=self.args.dtype, engine=engine)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Controlled comparison, ablations and the seven benchmarks on one GPU, in stages of bounded time. From the checkout, DATA and SUITE beside it:
 #     bash benchmarks/comparison_campaign.sh prepare                     # wheels of .whl, base model (REFUSION_GGUF), default model
-#     bash benchmarks/comparison_campaign.sh train STEPS SEED...         # four objectives a seed, JOBS trainings at a time
+#     bash benchmarks/comparison_campaign.sh train STEPS SEED...         # five recipes a seed, JOBS trainings at a time
 #     bash benchmarks/comparison_campaign.sh ask SEED...                 # right answers, agreement, likelihood: several processes at once
 #     bash benchmarks/comparison_campaign.sh speed SEED...               # tokens/s, alone on the GPU, and comparison-$GPU.json of all
 #     bash benchmarks/comparison_campaign.sh ablate SEED                 # one setting at a time on the ReFusion model of this seed
@@ -35,21 +35,21 @@ prepare() {
 
 train() { # STEPS SEED...: the yardstick and ReFusion first; a seed after the other
     local steps=$1 ends=$((SECONDS + TRAIN_S)) names=(); shift
-    for seed in "$@"; do for objective in autoregressive refusion block_diffusion masked_diffusion; do names+=("$objective-$seed"); done; done
+    for seed in "$@"; do for recipe in autoregressive refusion block_diffusion masked_diffusion refusion_few; do names+=("$recipe-$seed"); done; done
     pool "$JOBS" train_one "${names[@]}"
 }
 
-train_one() { # OBJECTIVE-SEED; what runs out of time saves a checkpoint
-    local objective=${1%-*} seed=${1##*-}
+train_one() { # RECIPE-SEED; what runs out of time saves a checkpoint
+    local recipe=${1%-*} seed=${1##*-}
     [ "$(left)" -gt 0 ] || return 0
     # A shell's background jobs ignore INT, so it is switched on again. shellcheck disable=SC2086 # options are several words
     OUT=$WORK/reports limited "$1" timeout -s INT -k 30 "$(left)" env --default-signal=INT \
-        bash benchmarks/train_comparison.sh "$seed" "$steps" --only "$objective" $TRAIN_OPTIONS
+        bash benchmarks/train_comparison.sh "$seed" "$steps" --only "$recipe" $TRAIN_OPTIONS
 }
 
 ask() { # SEED...
     local ends=$((SECONDS + ASK_S)) seeds="$*"
-    pool "$ASK_JOBS" ask_one refusion "autoregressive block_diffusion" "masked_diffusion masked_diffusion_fast" refusion_paper plain
+    pool "$ASK_JOBS" ask_one refusion refusion_few "autoregressive block_diffusion" "masked_diffusion masked_diffusion_fast" refusion_paper plain
     # shellcheck disable=SC2086
     limited result comparison --seeds $seeds --speed-only --batch-sizes --output "$WORK/comparison.json" $ASK_OPTIONS
 }

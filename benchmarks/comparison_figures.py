@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 PAIRS = (
     ("refusion", "autoregressive"),
+    ("refusion_few", "autoregressive"),
+    ("refusion_few", "refusion"),
     ("refusion", "block_diffusion"),
     ("block_diffusion", "masked_diffusion"),
     ("refusion", "masked_diffusion"),
@@ -65,7 +67,7 @@ class _Table:
         self.rows: dict[str, list[Row]] = {}
         for row in sorted(rows, key=lambda row: row["doc_id"]):
             self.rows.setdefault(row["task"], []).append(row)
-        self.pairs = [(contender, model) for contender in contenders for model in models if model.objective == contender.objective]
+        self.pairs = [(contender, model) for contender in contenders for model in models if model.recipe == contender.trained_by]
         self.names = [contender.name for contender in contenders]
 
     def of(self, contender: Contender, model: Model, task: str) -> list[Row]:

@@ -4,7 +4,7 @@
 # and timed side by side within minutes: comparison_campaign.sh.
 #     bash benchmarks/comparison_gpu.sh data DIR                 # training and held-out rows, 10 MB (REFUSION_SHARED says where from)
 #     bash benchmarks/gpu_campaign.sh base                        # the base model, as for the default model
-#     bash benchmarks/train_comparison.sh SEED STEPS              # all four objectives; DATA=DIR
+#     bash benchmarks/train_comparison.sh SEED STEPS              # all of them; DATA=DIR
 #     bash benchmarks/comparison_gpu.sh measure [options]        # comparison.py, at most MINUTES; DATA=DIR
 # WORK (scratch of the machine), OUT (what comes back). STATE: the folder `answers` of an earlier OUT, to go on from on another machine.
 set -euo pipefail

@@ -138,10 +138,10 @@ def test_who_was_asked_fewer_problems_is_set_against_the_others_on_those(monkeyp
     cost = {"num_tokens": 10, "num_forwards": 5, "is_cut": False}
     rows = []
     for model, rights in zip(models[1:], ([1.0, 0.0, 1.0, 1.0], [0.0, 0.0]), strict=True):
-        key = comparison_figures.key_of(model.objective, 0, model.sha256, "gcd")
+        key = comparison_figures.key_of(model.recipe, 0, model.sha256, "gcd")
         rows += [{"task": key, "doc_id": i, "scores": {"right": right}, **cost} for i, right in enumerate(rights)]
     for model, walls in zip(models, ([1.0, 1.0, 4.0], [], [2.0, 3.0]), strict=True):
-        key = comparison_figures.key_of(model.objective, 0, model.sha256, "speed_chat_1")
+        key = comparison_figures.key_of(model.recipe, 0, model.sha256, "speed_chat_1")
         rows += [{"task": key, "doc_id": i, "scores": {"wall": wall}, **cost} for i, wall in enumerate(walls)]
     result = comparison_figures.result(rows, models, contenders, [task], {})
     runs = {run.label: run for run in result.runs}

@@ -26,12 +26,14 @@ def test_every_recipe_of_the_repository_loads(path: Path) -> None:
 
 
 def test_the_recipes_of_the_comparison_differ_in_the_objective_alone() -> None:
-    recipes = [load_recipe(path) for path in RECIPES if path.parent.name == "comparison"]
-    assert sorted(recipe.objective.name for recipe in recipes) == ["autoregressive", "block_diffusion", "masked_diffusion", "refusion"]
-    for recipe in recipes:
+    paths = [path for path in RECIPES if path.parent.name == "comparison"]
+    recipes = [load_recipe(path) for path in paths]
+    objectives = ["autoregressive", "block_diffusion", "masked_diffusion", "refusion", "refusion"]
+    assert sorted(recipe.objective.name for recipe in recipes) == objectives
+    for recipe, path in zip(recipes, paths, strict=True):
         changed = changed_settings(recipes[0].to_table(), recipe.to_table())
         assert all(name.startswith("objective.") or name == "run.output" for name in changed)
-        assert recipe.run.output == f"runs/comparison/{recipe.objective.name}-0"
+        assert recipe.run.output == f"runs/comparison/{path.stem}-0"
     padded = {recipe.objective.name: recipe.objective.pad_answers for recipe in recipes if recipe.objective.pad_answers}
     assert padded == {"masked_diffusion": 256, "block_diffusion": 32}  # the regions that decoding fills
 
