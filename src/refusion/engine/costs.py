@@ -88,9 +88,12 @@ def _read(path: Path) -> CostTable | None:
 def measure(network: FlatNetwork, widths: Sequence[int], repeats: int = 5) -> CostTable:
     """Least seconds of a forward with its readout, one request with NUM_CACHED tokens in the cache: what disturbs only adds."""
     seconds = []
+    is_cuda = network.device.type == "cuda"
+    if is_cuda:
+        _compile(network, widths)
     for width in widths:
         forward = _forward_of(network, width)
-        run = _captured(forward) if network.device.type == "cuda" else forward
+        run = _captured(forward) if is_cuda else forward
         seconds.append(_seconds(run, network.device, repeats))
     monotone = np.maximum.accumulate([min(taken) for taken in seconds])  # noise must not make a wider forward cheaper
     unrest = statistics.median(statistics.median(taken) / min(taken) for taken in seconds)
@@ -121,8 +124,18 @@ def _forward_of(network: FlatNetwork, width: int) -> Callable[[], None]:
     return forward
 
 
+def _compile(network: FlatNetwork, widths: Sequence[int]) -> None:
+    """The kernels of all widths together; one layer has them all."""
+    from refusion.model.kernels.launch import compile_together  # triton is there only where there are kernels
+
+    shallow = network.shallow()
+    with compile_together():
+        for width in widths:
+            _forward_of(shallow, width)()
+
+
 def _captured(forward: Callable[[], None]) -> Callable[[], None]:
-    forward()  # compiles and loads the kernels
+    forward()  # what needs to be there before a capture: workspaces, counters
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         forward()
