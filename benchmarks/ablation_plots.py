@@ -1,7 +1,7 @@
 """Draw docs/ablations-*.svg from the result file of ablations.py: accuracy (or agreement) against tokens per second, a plot per group.
 
 pip install 'refusion[plot]'
-python benchmarks/ablation_plots.py --input benchmarks/results/ablations-h100.json
+python benchmarks/ablation_plots.py --input benchmarks/results/ablations-h200.json
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from refusion.evaluation.results import read_result
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the ablations.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--input", type=Path, default=harness.RESULTS / "ablations-h100.json", help="result file of ablations.py")
+    parser.add_argument("--input", type=Path, default=harness.RESULTS / "ablations-h200.json", help="result file of ablations.py")
     parser.add_argument("--output", type=Path, default=harness.ROOT / "docs", help="folder of the plots")
     args = parser.parse_args()
     content = read_result(args.input)
@@ -45,19 +45,19 @@ def draw(group: str, runs: list[dict[str, Any]], path: Path) -> None:
 
     names = [name for name in ("accuracy", "chat_agreement") if all(name in run["figures"] for run in runs)]
     with matplotlib.rc_context({"svg.hashsalt": group, "svg.fonttype": "none"}):  # the same figures give the same file
-        figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
-        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        figure = Figure(figsize=(5 * len(names), 4.4), layout="constrained")
+        panels = figure.subplots(1, len(names), squeeze=False)[0]
+        for axes, name in zip(panels, names, strict=True):
             for run in runs:
                 found, speed = run["figures"][name], run["figures"]["tokens_per_second"]
                 low, high = (100 * abs(found["value"] - found[side]) for side in ("low", "high"))
-                axes.errorbar([speed], [100 * found["value"]], yerr=[[low], [high]], fmt="o", capsize=2)
-                axes.annotate(
-                    run["settings"]["label"], (speed, 100 * found["value"]), textcoords="offset points", xytext=(5, 3), fontsize=7
-                )
+                label = run["settings"]["label"] if axes is panels[0] else None  # one legend for both: labels beside points overlap
+                axes.errorbar([speed], [100 * found["value"]], yerr=[[low], [high]], fmt="o", capsize=2, label=label)
             axes.axvline(runs[0]["figures"]["autoregressive_tokens_per_second"], linestyle=":", color="grey")
             axes.set_xlabel("tokens/s at batch 1 (dotted: autoregressive)")
             axes.set_ylabel({"accuracy": "right answers, %", "chat_agreement": "agreement on chat, %"}[name])
         figure.suptitle(group)
+        figure.legend(loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
         with atomic_file(path) as draft:
             figure.savefig(draft, format="svg", metadata={"Date": None})
 

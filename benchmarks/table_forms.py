@@ -74,7 +74,8 @@ def hundredth_percent(figure: Any) -> str:
 
 
 def plain(figure: Any) -> str:
-    return shown(figure, ".4g")
+    """Four digits, or a whole number where those would come with an exponent."""
+    return shown(figure, ",.0f" if abs(value_of(figure) or 0.0) >= 9999.5 else ".4g")
 
 
 def interval(figure: Any) -> str:

@@ -119,6 +119,7 @@ def test_plots_are_drawn_from_the_result_file_and_are_the_same_twice(script: Scr
         drawn.append((tmp_path / "ablations-slots.svg").read_text())
     assert drawn[0] == drawn[1]
     assert "tokens/s at batch 1" in drawn[0]
+    assert all(f">{label}<" in drawn[0] for label in (4, 8)), "the legend names every arm"
     write_result(tmp_path / "empty.json", Result(name="ablations", settings={}, runs=runs[2:]))
     code, _out, err = script("ablation_plots", "--input", tmp_path / "empty.json", "--output", tmp_path)
     assert (code, "no arm with tokens per second" in err) == (1, True)

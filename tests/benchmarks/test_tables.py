@@ -79,6 +79,19 @@ def test_bad_markers_are_named(tmp_path: Path, results: Path, marker: str, reaso
     assert "Traceback" not in failed.stderr
 
 
+def test_side_by_side_shows_four_digits_and_large_figures_whole(tmp_path: Path) -> None:
+    runs = [Run(label="one", settings={}, figures={"tokens_per_second": 310564.0, "loss": 0.123456, "steps": 9999.4})]
+    runs.append(Run(label="two", settings={}, figures={"tokens_per_second": 9999.6, "loss": 4.0}))
+    write_result(tmp_path / "results" / "speed.json", Result(name="speed", settings={}, runs=runs))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table:side-by-side speed -->\n<!-- /table -->\n")
+    assert tables("--results", tmp_path / "results", page).returncode == 0
+    text = page.read_text()
+    assert "| `tokens_per_second` | 310,564 | 10,000 |" in text
+    assert "| `loss` | 0.1235 | 4 |" in text
+    assert "| `steps` | 9999 | – |" in text
+
+
 def test_every_table_of_the_repository_is_current() -> None:
     checked = tables("--check")
     assert checked.returncode == 0, checked.stderr
