@@ -175,7 +175,21 @@ def test_a_small_advantage_is_no_reason_to_switch() -> None:
     assert chooser(ASKED, 1) == "refusion"
     for tokens, chosen in ((0.99, "refusion"), (0.95, "autoregressive"), (1.01, "autoregressive"), (1.1, "refusion")):
         experience_of(candidates).tokens = tokens
+        experience_of(candidates).version += 1
         assert chooser(ASKED, 1) == chosen
+
+
+def test_a_load_is_reckoned_once_as_long_as_experience_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    chooser, candidates = auto(FLAT)
+    reckoned: list[int] = []
+    inner = chooser._reckon
+    monkeypatch.setattr(chooser, "_reckon", lambda *given: reckoned.append(given[-1]) or inner(*given))
+    for load in (1, 2, 1, 2, 2):
+        chooser(ASKED, load)
+    assert reckoned == [1, 2]
+    experience_of(candidates).version += 1
+    assert chooser.speeds(ASKED, 1) == inner(ASKED, 1)[2:]
+    assert reckoned == [1, 2, 1]
 
 
 def test_costs_are_measured_only_when_asked_for() -> None:

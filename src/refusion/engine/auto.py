@@ -6,14 +6,20 @@ rows slot decoding takes is what the checkpoint says until this engine has seen 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+from refusion.decoding.params import SlotSettings
 from refusion.engine.candidates import Candidates
 from refusion.engine.costs import CostTable
+from refusion.engine.experience import Experience
 from refusion.engine.requests import NewRequest, lane_key
 from refusion.engine.shapes import seat_bucket
 
 MARGIN = 1.03
 """The decoder in use is kept while the other is no faster than this: requests of two decoders cannot share forwards."""
+
+MOST_KNOWN = 4096
+"""Answers that are kept."""
 
 ChooseDecoder = Callable[[NewRequest, int], str]
 
@@ -25,6 +31,7 @@ class Auto:
         """measure: called when a choice is first wanted: measuring takes a moment. most_rows: of a forward."""
         self._measure, self._candidates, self._most_rows = measure, candidates, most_rows
         self._last = ""
+        self._known: dict[tuple[SlotSettings, int, int], _Speeds] = {}
 
     def __call__(self, new: NewRequest, load: int) -> str:
         """ "refusion" or "autoregressive" for a request that runs beside others, `load` in all."""
@@ -34,11 +41,33 @@ class Auto:
         return self._last
 
     def speeds(self, new: NewRequest, load: int) -> tuple[float, float]:
-        """Tokens per second by slot decoding and one by one, `load` requests together."""
+        """Tokens per second by slot decoding and one by one, `load` requests together; reckoned again when experience has grown.
+
+        It is asked before every forward while somebody waits for a seat, so it must cost next to nothing.
+        """
+        assert new.slots is not None, "a choice needs slot settings"
+        asked = new.slots, new.sampling.max_tokens, load
+        known = self._known.get(asked)
+        if known is None or known.version != known.experience.version:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            known = self._known[asked] = self._reckon(new, load)
+        return known.by_slots, known.one_by_one
+
+    def _reckon(self, new: NewRequest, load: int) -> "_Speeds":
         costs, key = self._measure(), lane_key(new, "refusion")
-        assert key.slots is not None, "a choice needs slot settings"
+        assert key.slots is not None, "slots are cut in slot lanes"
         experience = self._candidates.experience(key.slots, key.width)
         together = max(min(load, self._most_rows // (2 * key.width * key.slots.slot_size)), 1)  # as many seats as such a lane has
         place = experience.ladder.index(self._candidates.choose(experience, together).candidates)
         by_slots = together * experience.tokens / float(self._candidates.seconds_of_turn(costs, experience, together)[place])
-        return by_slots, load / float(costs.cost(seat_bucket(load)))
+        return _Speeds(experience, experience.version, by_slots, load / float(costs.cost(seat_bucket(load))))
+
+
+class _Speeds(NamedTuple):
+    """What was reckoned from `experience` when it had this version."""
+
+    experience: Experience
+    version: int
+    by_slots: float
+    one_by_one: float
