@@ -57,10 +57,11 @@ ROOM = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contender:
-    """One way of decoding the models of one objective."""
+    """One way of decoding the models of one recipe."""
 
     name: str
     objective: str
+    """What it decodes as."""
     slots: SlotParams = field(default_factory=SlotParams)
     diffusion: dict[str, Any] = field(default_factory=dict)
     is_main: bool = True
@@ -110,6 +111,8 @@ PAPER_SLOTS = SlotParams(
 CONTENDERS = (
     Contender(name="autoregressive", objective="autoregressive"),
     Contender(name="refusion", objective="refusion", slots=SLOTS),
+    # The same weights without slots: what of a difference to autoregressive training is the training's, and what the decoder's.
+    Contender(name="refusion_one_by_one", objective="autoregressive", recipe="refusion"),
     Contender(name="refusion_few", objective="refusion", recipe="refusion_few", slots=SLOTS),
     Contender(name="block_diffusion", objective="block_diffusion"),
     Contender(name="refusion_paper", objective="refusion", slots=PAPER_SLOTS, num_problems=500),

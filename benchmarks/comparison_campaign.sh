@@ -49,7 +49,7 @@ train_one() { # RECIPE-SEED; what runs out of time saves a checkpoint
 
 ask() { # SEED...
     local ends=$((SECONDS + ASK_S)) seeds="$*"
-    pool "$ASK_JOBS" ask_one refusion refusion_few "autoregressive block_diffusion" "masked_diffusion masked_diffusion_fast" refusion_paper plain
+    pool "$ASK_JOBS" ask_one refusion refusion_few "autoregressive refusion_one_by_one block_diffusion" "masked_diffusion masked_diffusion_fast" refusion_paper plain
     # shellcheck disable=SC2086
     limited result comparison --seeds $seeds --speed-only --batch-sizes --output "$WORK/comparison.json" $ASK_OPTIONS
 }

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 PAIRS = (
     ("refusion", "autoregressive"),
+    ("refusion", "refusion_one_by_one"),
+    ("refusion_one_by_one", "autoregressive"),
     ("refusion_few", "autoregressive"),
     ("refusion_few", "refusion"),
     ("refusion", "block_diffusion"),

@@ -158,7 +158,7 @@ def test_who_was_asked_fewer_problems_is_set_against_the_others_on_those(monkeyp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--runs", "/nowhere"), "holds no OBJECTIVE-SEED/final"),
+        (("--runs", "/nowhere"), "holds no RECIPE-SEED/final"),
         (("--contenders", "magic"), "unknown contender 'magic'"),
         (("--tasks", "magic"), "unknown task 'magic'"),
         (("--data", "/nowhere"), "cannot read /nowhere"),
