@@ -4,7 +4,7 @@ Every kind of row lives on a grid of fixed shape with a mask of the cells that a
 cells of all grids side by side.
 
 - drafts [W, K]: drafted tokens of the chosen slots. While verifying they are one chain, each slot seeing the chosen ones before it;
-  while infilling every slot stands alone.
+  while infilling every slot stands alone, and is drafted no further than its last group was.
 - plan [W, K]: masks of the slots still open (or of the next block) that see all drafts: the next plan, should everything be accepted.
 - solo [W, K]: copies of the chosen slots but the first that do not see their siblings, for the infill groups of a verify forward.
 - groups [W, C + 1, K]: for each accepted length, masks from there to the end of the slot (or `infill_length` of them), seeing exactly
@@ -132,7 +132,9 @@ class _Cells:
         """Row j judges token j + 1; the last row names the first token of the next slot."""
         is_chain = self.phase == VERIFY
         in_slot = self.is_chosen[:, :, None].expand_as(self.token_ids)
-        is_needed = in_slot & (is_chain | (self.phase == INFILL) | ((self.phase == REMASK) & (self.place < self.verified[:, :, None])))
+        stands = self.verified[:, :, None]
+        is_drafted = (self.phase == INFILL) & (self.place < stands + self.most_masks)  # behind those there are only masks
+        is_needed = in_slot & (is_chain | is_drafted | ((self.phase == REMASK) & (self.place < stands)))
         chain_rank = in_slot.flatten(1).cumsum(dim=1).view_as(self.token_ids) - 1
         following = torch.cat((self.token_ids[:, :, 1:], self.token_ids[:, :, :1]), dim=2)
         is_judging = is_chain | (self.phase == INFILL)
@@ -179,7 +181,8 @@ class _Cells:
         candidate = torch.arange(self.num_candidates + 1, device=self.device)
         length = self.verified[:, :, None] + candidate  # [B, W, C + 1]
         phase = self.phase[..., None]
-        is_wanted = torch.where(candidate[:, None] == 0, phase == REMASK, (phase == VERIFY) | (phase == INFILL))
+        can_be_accepted = (phase == VERIFY) | ((phase == INFILL) & (candidate[:, None] <= self.most_masks))
+        is_wanted = torch.where(candidate[:, None] == 0, phase == REMASK, can_be_accepted)
         is_needed = self.is_unfinished[:, :, None, None] & is_wanted & self._in_group(length[..., None], self.most_masks)
         base = 2 * self.width + 1
         segment = base + (self.slot * (self.num_candidates + 1) + candidate)[:, :, None]  # [W, C + 1, 1]

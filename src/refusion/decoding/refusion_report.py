@@ -71,12 +71,14 @@ def rows_needed(agenda: np.ndarray, slots: SlotSettings, num_candidates: int) ->
     is_chosen = verified >= 0
     num_chosen = is_chosen.sum(axis=1)
     left = np.where(is_chosen, slot_size - verified, 0)  # [B, W] masks up to the end of the slot
-    groups = group_rows(left, slots, num_candidates).sum(axis=1)
+    drafted = np.where(phase == INFILL, slots.most_masks, slot_size)[:, None]  # behind what stands, at most
+    drafts = np.where(is_chosen, np.minimum(verified + drafted, slot_size), 0).sum(axis=1)
+    groups = group_rows(left, slots, num_candidates, drafted).sum(axis=1)
     solo = np.maximum(num_chosen - 1, 0) * min(num_candidates, slot_size)
     plan = planned.sum(axis=1) * slot_size
     by_phase = {
-        VERIFY: num_chosen * slot_size + solo + groups + plan,
-        INFILL: num_chosen * slot_size + groups + plan,
+        VERIFY: drafts + solo + groups + plan,
+        INFILL: drafts + groups + plan,
         REMASK: np.where(is_chosen, verified + np.minimum(left, slots.most_masks), 0).sum(axis=1),
         DONE: np.zeros_like(plan),
     }
@@ -88,13 +90,13 @@ def rows_needed(agenda: np.ndarray, slots: SlotSettings, num_candidates: int) ->
 
 def most_rows(slots: SlotSettings, width: int, num_candidates: int) -> int:
     """Rows of any forward of a seat at most: one that verifies and plans a whole block of `width` slots."""
-    groups = int(group_rows(np.array(slots.slot_size), slots, num_candidates))
+    groups = int(group_rows(np.array(slots.slot_size), slots, num_candidates, slots.slot_size))
     return width * (2 * slots.slot_size + groups) + (width - 1) * num_candidates
 
 
-def group_rows(left: np.ndarray, slots: SlotSettings, num_candidates: int) -> np.ndarray:
-    """Rows of the groups of a slot with `left` tokens to go, those of alternatives included; element by element."""
-    candidates = np.minimum(num_candidates, left)
+def group_rows(left: np.ndarray, slots: SlotSettings, num_candidates: int, num_drafted: "int | np.ndarray") -> np.ndarray:
+    """Rows of the groups of a slot with `left` tokens to go, `num_drafted` of them drafted; those of alternatives included. By element."""
+    candidates = np.minimum(np.minimum(num_candidates, left), num_drafted)
     tried = np.minimum(min(ALTERNATIVE_LENGTHS, num_candidates), np.maximum(left - 2, 0))
     return _falling(left, candidates, slots.most_masks) + slots.alternatives * _falling(left, tried, 1 + slots.most_masks)
 

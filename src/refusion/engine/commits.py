@@ -102,12 +102,14 @@ class Demand:
 
     def _table(self, candidates: int) -> np.ndarray:
         """By phase, verified tokens (first place: not chosen) and whether a slot is planned in the same column."""
-        size = self.slot_size
+        size, most = self.slot_size, self.slots.most_masks
         rows = np.zeros((NUM_PHASES, size + 2, 2), dtype=np.int64)
         for verified in range(size + 1):
             left = size - verified
-            rows[[VERIFY, INFILL], verified + 1] = size + int(group_rows(np.array(left), self.slots, candidates))
-            rows[REMASK, verified + 1] = verified + min(left, self.slots.most_masks)
+            for phase, drafted in ((VERIFY, size), (INFILL, most)):
+                groups = int(group_rows(np.array(left), self.slots, candidates, drafted))
+                rows[phase, verified + 1] = min(verified + drafted, size) + groups
+            rows[REMASK, verified + 1] = verified + min(left, most)
         rows[[PLAN, VERIFY, INFILL], :, 1] += size
         rows[PLAN, 1:, 0] = 0
         rows[DONE] = 0

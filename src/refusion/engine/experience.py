@@ -102,9 +102,10 @@ class Experience:
             onward = self.advanced[1 : size - length]
             visits[length + 1 : length + 1 + len(onward)] += visits[length] * onward
         visits = visits[:size] / visits[:size].sum()
-        left = size - np.arange(size)
-        groups = np.stack([group_rows(left, self.slots, candidates) for candidates in self.ladder])  # [C, K]
-        return (groups * visits).sum(axis=1) + size + self.width * size
+        length = np.arange(size)
+        drafted = np.where(length == 0, size, self.slots.most_masks)  # a plan drafts the whole slot, an infill less
+        groups = np.stack([group_rows(size - length, self.slots, candidates, drafted) for candidates in self.ladder])  # [C, K]
+        return ((groups + np.minimum(length + drafted, size)) * visits).sum(axis=1) + self.width * size
 
 
 def _first_advances(slot_size: int) -> np.ndarray:

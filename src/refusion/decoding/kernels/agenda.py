@@ -31,6 +31,7 @@ def rows_needed(
     agenda = agendas + seats.to(tl.int64) * line_stride
     phase = tl.load(agenda, mask=is_seat, other=DONE).to(tl.int32)
     num_chosen = tl.zeros_like(phase)
+    drafts = tl.zeros_like(phase)
     groups = tl.zeros_like(phase)
     plan = tl.zeros_like(phase)
     remasked = tl.zeros_like(phase)
@@ -38,11 +39,14 @@ def rows_needed(
         verified = tl.load(agenda + AGENDA_VERIFIED + slot, mask=is_seat, other=-1).to(tl.int32)
         left = tl.where(verified >= 0, K - verified, 0)
         num_chosen += (verified >= 0).to(tl.int32)
-        groups += group_rows(left, tl.minimum(C, left), MOST_MASKS) + R * group_rows(left, num_tried(left, A), MOST_MASKS + 1)
+        drafted = num_drafted(phase, K, MOST_MASKS)
+        drafts += tl.where(verified >= 0, tl.minimum(verified + drafted, K), 0)
+        groups += group_rows(left, tl.minimum(tl.minimum(C, left), drafted), MOST_MASKS)
+        groups += R * group_rows(left, num_tried(left, A), MOST_MASKS + 1)
         remasked += tl.where(verified >= 0, verified + tl.minimum(left, MOST_MASKS), 0)
         plan += tl.load(agenda + AGENDA_VERIFIED + W + slot, mask=is_seat, other=0).to(tl.int32) * K
     solo = tl.where(phase == VERIFY, tl.maximum(num_chosen - 1, 0) * C, 0)
-    judged = tl.where((phase == VERIFY) | (phase == INFILL), num_chosen * K + solo + groups, 0)
+    judged = tl.where((phase == VERIFY) | (phase == INFILL), drafts + solo + groups, 0)
     return tl.where(phase == DONE, 0, plan) + judged + tl.where(phase == REMASK, remasked, 0)
 
 
@@ -57,6 +61,12 @@ def group_rows(left, num_candidates, MOST: tl.constexpr):
     """Rows of the candidates 1, 2, ... `num_candidates` of a slot with `left` tokens to go: left - 1, left - 2, ..., none above MOST."""
     cut = tl.minimum(tl.maximum(left - MOST, 0), num_candidates)  # so many of them are above it
     return cut * MOST + (num_candidates - cut) * left - (num_candidates * (num_candidates + 1) - cut * (cut + 1)) // 2
+
+
+@triton.jit
+def num_drafted(phase, K: tl.constexpr, MOST_MASKS: tl.constexpr):
+    """Drafts behind the tokens of a slot that stand, at most: a plan drafts whole slots, an infill as much as a group has masks."""
+    return tl.where(phase == INFILL, MOST_MASKS, K)
 
 
 @triton.jit

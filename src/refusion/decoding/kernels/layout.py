@@ -163,7 +163,7 @@ def _lay_out(
     is_judging = (phase == VERIFY) | (phase == INFILL)
     row = begin
     if is_judging | (phase == REMASK):
-        row = put_drafts(rows, row, block, W, K, K_PADDED)
+        row = put_drafts(rows, row, block, W, K, MOST_MASKS, K_PADDED)
     if phase != DONE:
         row = put_plan(rows, row, verified + W, prompt_length + plan * K, mask_id, W, K, K_PADDED)
     if (phase == VERIFY) & (C > 0):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from refusion.decoding.kernels.agenda import num_tried
+from refusion.decoding.kernels.agenda import num_drafted, num_tried
 from refusion.decoding.kernels.constants import NO_PARENT, REMASK, TRUNK, VERIFY
 from refusion.decoding.kernels.row_buffers import put_rows
 
@@ -29,8 +29,8 @@ class Block(NamedTuple):
 
 
 @triton.jit
-def put_drafts(rows, row, block, W: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr):
-    """The drafts of the slots: all of them on the trunk, or what stands before a remask."""
+def put_drafts(rows, row, block, W: tl.constexpr, K: tl.constexpr, MOST_MASKS: tl.constexpr, K_PADDED: tl.constexpr):
+    """The drafts of the slots, on the trunk, or what stands before a remask."""
     place = tl.arange(0, K_PADDED)
     is_judging = block.phase != REMASK
     is_chain = block.phase == VERIFY
@@ -38,7 +38,8 @@ def put_drafts(rows, row, block, W: tl.constexpr, K: tl.constexpr, K_PADDED: tl.
     for slot in range(W):
         stands = tl.load(block.verified + slot).to(tl.int32)
         if stands >= 0:
-            count = tl.where(is_judging, K, stands)
+            drafted = num_drafted(block.phase, K, MOST_MASKS)
+            count = tl.where(is_judging, tl.minimum(stands + drafted, K), stands)
             is_row = place < count
             draft = block.drafts + slot * K + place
             put_rows(
@@ -120,7 +121,8 @@ def put_candidates(
         if stands >= 0:
             parent = _prefix_segment(block.phase, slot, nth, W)
             candidate = tl.where(is_remask, 0, 1)
-            last_candidate = tl.where(is_remask, 0, tl.minimum(C, K - 1 - stands))
+            most = tl.minimum(C, num_drafted(block.phase, K, MOST_MASKS))
+            last_candidate = tl.where(is_remask, 0, tl.minimum(most, K - 1 - stands))
             while candidate <= last_candidate:
                 length = stands + candidate
                 end = tl.minimum(length + MOST_MASKS, K)

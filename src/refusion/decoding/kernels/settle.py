@@ -172,7 +172,7 @@ def _settle(
     turn = read_turn(agenda, answer.token_ids, grid, W, K)
     at = find_rows(turn, begin, K, C, R, A, MOST_MASKS)
     judge = tl.minimum(at.drafts[:, None] + grid.place - 1, num_rows - 1)  # [W, K] every draft is judged by the row before it
-    prefix = passing_prefix(turn, grid, drawn, judge, token_threshold, K, ACCEPTS_ARGMAX)
+    prefix = passing_prefix(turn, grid, drawn, judge, token_threshold, K, MOST_MASKS, ACCEPTS_ARGMAX)
     end = first_eos(turn.drafts, grid, eos_ids, K, NUM_EOS)
     verdict = reach_verdict(turn, prefix, end, grid.slot, K, W_PADDED, FUSES_PLAN)
 

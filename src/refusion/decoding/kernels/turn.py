@@ -8,7 +8,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from refusion.decoding.kernels.agenda import group_rows, num_tried, read_agenda
+from refusion.decoding.kernels.agenda import group_rows, num_drafted, num_tried, read_agenda
 from refusion.decoding.kernels.constants import AGENDA_VERIFIED, DONE, INFILL, REMASK, VERIFY
 
 # W = slots of a block, K = tokens per slot, both padded; C = candidate lengths, A = those with alternatives, R = alternatives
@@ -97,9 +97,11 @@ def find_rows(turn, begin, K: tl.constexpr, C, R: tl.constexpr, A, MOST_MASKS: t
     """The `RowPlaces` of a seat whose rows begin at `begin`."""
     is_remask = turn.phase == REMASK
     chosen, planned = turn.is_chosen.to(tl.int32), turn.is_planned.to(tl.int32)
-    num_drafts = tl.where(is_remask, turn.verified, K) * chosen
+    drafted = num_drafted(turn.phase, K, MOST_MASKS)
+    num_drafts = tl.where(is_remask, turn.verified, tl.minimum(turn.verified + drafted, K)) * chosen
     num_masks = tl.minimum(turn.left, MOST_MASKS)
-    num_candidates = tl.where(is_remask, num_masks, group_rows(turn.left, tl.minimum(C, turn.left), MOST_MASKS))
+    num_lengths = tl.minimum(tl.minimum(C, turn.left), drafted)
+    num_candidates = tl.where(is_remask, num_masks, group_rows(turn.left, num_lengths, MOST_MASKS))
     num_alternatives = tl.where(turn.is_judging, R * group_rows(turn.left, num_tried(turn.left, A), MOST_MASKS + 1), 0)
     num_copies = tl.where(turn.phase == VERIFY, tl.maximum(tl.sum(chosen, 0) - 1, 0) * C, 0)
     plan = begin + tl.sum(num_drafts, 0)

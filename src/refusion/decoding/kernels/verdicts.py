@@ -11,6 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from refusion.decoding.kernels.agenda import num_drafted
 from refusion.decoding.kernels.constants import INFILL, PLAN, VERIFY
 
 # W = slots of a block, K = tokens per slot, both padded
@@ -49,12 +50,13 @@ def reach_verdict(turn, prefix, end, slot, K: tl.constexpr, W_PADDED: tl.constex
 
 
 @triton.jit
-def passing_prefix(turn, grid, drawn, judge, token_threshold, K: tl.constexpr, ACCEPTS_ARGMAX: tl.constexpr):
+def passing_prefix(turn, grid, drawn, judge, token_threshold, K: tl.constexpr, MOST_MASKS: tl.constexpr, ACCEPTS_ARGMAX: tl.constexpr):
     """[W] tokens of the longest passing prefix of each slot; row `judge` [W, K] judges a draft.
 
     What is verified stands, and the first token behind it passes unconditionally.
     """
-    is_judged = grid.is_cell & (turn.is_chosen & turn.is_judging)[:, None] & (grid.place >= 1)
+    is_drafted = grid.place < (turn.verified + num_drafted(turn.phase, K, MOST_MASKS))[:, None]  # behind those there are no rows
+    is_judged = grid.is_cell & (turn.is_chosen & turn.is_judging)[:, None] & (grid.place >= 1) & is_drafted
     passes = tl.load(drawn.given_probability + judge, mask=is_judged, other=0.0) > token_threshold
     if ACCEPTS_ARGMAX:
         passes |= tl.load(drawn.given_is_argmax + judge, mask=is_judged, other=0) != 0

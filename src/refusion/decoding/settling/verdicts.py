@@ -47,4 +47,6 @@ def _passes(turn: Turn) -> Tensor:
     """[B, W, K] drafts that pass."""
     probability, is_argmax = turn.judging(turn.readout.given_probability), turn.judging(turn.readout.given_is_argmax)
     accept_argmax = turn.slots.acceptance == "argmax"
-    return passing(probability, is_argmax, turn.num_verified, threshold=turn.slots.token_threshold, accept_argmax=accept_argmax)
+    passes = passing(probability, is_argmax, turn.num_verified, threshold=turn.slots.token_threshold, accept_argmax=accept_argmax)
+    is_drafted = (turn.phase != INFILL)[:, None, None] | (turn.place < turn.num_verified[:, :, None] + turn.slots.most_masks)
+    return passes & is_drafted
