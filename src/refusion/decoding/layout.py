@@ -65,7 +65,7 @@ def build_grids(
     is_chosen = status == CHOSEN
     drafts = state.token_ids.gather(1, window[:, :, None].expand(-1, -1, slots.slot_size))
     verified = torch.where(is_chosen, state.lengths.gather(1, window), 0)
-    plan_slots, is_planned = planned_slots(state, window, slots.fuse_plan)
+    plan_slots, is_planned = planned_slots(state, window, slots)
     cells = _Cells(state, slots, num_candidates, mask_id, window, is_chosen, drafts, verified)
     num_tried = min(ALTERNATIVE_LENGTHS, num_candidates) if slots.alternatives else 0
     grids = {"drafts": cells.drafts(), "plan": cells.plan(plan_slots, is_planned)}
@@ -84,9 +84,13 @@ def build_grids(
     return Grids(grids, shapes, window, plan_slots, is_planned)
 
 
-def planned_slots(state: DecodeState, window: Tensor, fuse_plan: bool) -> tuple[Tensor, Tensor]:
-    """Slots [B, W] the plan rows of this forward belong to, and which of them exist: this block's open slots, else the next block's."""
-    is_open = state.status.gather(1, window) == OPEN
+def planned_slots(state: DecodeState, window: Tensor, slots: SlotSettings) -> tuple[Tensor, Tensor]:
+    """Slots [B, W] the plan rows of this forward belong to, and which of them exist: this block's open slots, else the next block's.
+
+    Beside an infill there is a plan only if the drafts reach the end of every slot: else it cannot hold, whatever they are worth.
+    """
+    status = state.status.gather(1, window)
+    is_open = status == OPEN
     following = window + window.shape[1]
     exists = following < state.status.shape[1]
     next_status = state.status.gather(1, following.clamp(max=state.status.shape[1] - 1))
@@ -94,7 +98,9 @@ def planned_slots(state: DecodeState, window: Tensor, fuse_plan: bool) -> tuple[
     plan_slots = torch.where(block_goes_on, window, following)
     is_planned = torch.where(block_goes_on, is_open, exists & (next_status == OPEN))
     phase = state.phase[:, None]
-    is_fused = ((phase == VERIFY) | (phase == INFILL)) if fuse_plan else torch.zeros_like(phase, dtype=torch.bool)
+    reaches_end = state.lengths.gather(1, window) + slots.most_masks >= slots.slot_size
+    can_end = (reaches_end | (status != CHOSEN)).all(dim=1, keepdim=True)
+    is_fused = ((phase == VERIFY) | ((phase == INFILL) & can_end)) if slots.fuse_plan else torch.zeros_like(phase, dtype=torch.bool)
     return plan_slots.clamp(max=state.status.shape[1] - 1), is_planned & ((phase == PLAN) | is_fused)
 
 

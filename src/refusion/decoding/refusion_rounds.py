@@ -203,7 +203,7 @@ class RefusionRounds:
         """[B, 3 + 2W] what the next forward is, as `refusion.decoding.refusion_report.AGENDA` has it."""
         window = state.window(self.width)
         is_chosen = state.status.gather(1, window) == CHOSEN
-        plan_slots, is_planned = planned_slots(state, window, self.slots.fuse_plan)
+        plan_slots, is_planned = planned_slots(state, window, self.slots)
         verified = torch.where(is_chosen, state.lengths.gather(1, window), -1)
         return torch.cat((state.phase[:, None], window[:, :1], plan_slots[:, :1], verified, is_planned.long()), dim=1)
 

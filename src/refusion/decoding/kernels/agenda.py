@@ -87,7 +87,10 @@ def close_behind(status, last, W: tl.constexpr, S: tl.constexpr, S_PADDED: tl.co
 
 
 @triton.jit
-def write_agenda(agenda, status, lengths, phase, window, slot, is_slot, W: tl.constexpr, S: tl.constexpr, FUSES_PLAN: tl.constexpr):
+def write_agenda(
+    agenda, status, lengths, phase, window, slot, is_slot,
+    W: tl.constexpr, K: tl.constexpr, S: tl.constexpr, MOST_MASKS: tl.constexpr, FUSES_PLAN: tl.constexpr,
+):  # fmt: skip
     """What the next forward is: its phase, the block's slots being verified, and the slots to plan: this block's, else the next one's."""
     now = tl.load(status + window + slot, mask=is_slot, other=CLOSED)
     verified = tl.where(now == CHOSEN, tl.load(lengths + window + slot, mask=is_slot, other=0), -1)
@@ -96,7 +99,8 @@ def write_agenda(agenda, status, lengths, phase, window, slot, is_slot, W: tl.co
     later = tl.load(status + following, mask=is_slot & (following < S), other=CLOSED)
     plans = phase == PLAN
     if FUSES_PLAN:
-        plans |= (phase == VERIFY) | (phase == INFILL)
+        falls_short = (now == CHOSEN) & (verified + MOST_MASKS < K)
+        plans |= (phase == VERIFY) | ((phase == INFILL) & (tl.sum(falls_short.to(tl.int32), 0) == 0))
     is_planned = tl.where(block_goes_on, now == OPEN, later == OPEN) & plans
     tl.store(agenda, phase)
     tl.store(agenda + 1, window)

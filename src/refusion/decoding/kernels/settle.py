@@ -235,7 +235,9 @@ def _settle(
     tl.store(line + NUM_DRAFTS, num_drafts + has_drafted.to(tl.int32))
     tl.store(line + NUM_FORWARDS, num_forwards)
     if turn.runs:
-        write_agenda(agenda, answer.status, answer.lengths, next_phase, next_window, grid.slot, grid.is_slot, W, S, FUSES_PLAN)
+        write_agenda(
+            agenda, answer.status, answer.lengths, next_phase, next_window, grid.slot, grid.is_slot, W, K, S, MOST_MASKS, FUSES_PLAN
+        )
 
     tl.debug_barrier()  # the agenda is read again
     out = report + seat.to(tl.int64) * report_stride
