@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flat import NetworkRows, Request, ScriptedRows, Server
@@ -23,6 +25,7 @@ from refusion.decoding.params import SamplingParams, SlotSettings
 from refusion.decoding.refusion import ReFusionDecoder
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.sampling import Draw
+from refusion.engine.commits import Demand
 from refusion.model.transformer import Transformer
 
 MASK, EOS, VOCAB = 1, 0, 6
@@ -112,6 +115,26 @@ def test_requests_that_come_and_go_get_the_tokens_and_forwards_of_the_padded_dec
 def test_candidates_that_change_change_no_token(slots: SlotSettings, asked: list[Request], script: Any, candidates: list[int]) -> None:
     server(refusion_rounds(slots, 14, 2), script, 2).serve(asked, lambda forward: candidates[forward % len(candidates)])
     assert [request.text([EOS]) for request in asked] == [padded(script, request, slots)[0] for request in asked]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(slot_settings(), requests(), DRAWING, LANGUAGE, st.integers(0, 6))
+def test_no_forward_needs_more_rows_than_the_agenda_before_it_allows(
+    slots: SlotSettings, asked: list[Request], drawing: dict[str, float], script: Any, candidates: int
+) -> None:
+    slots = replace(slots, block_size=slots.slot_size)
+    rounds = refusion_rounds(slots, 14, 2)
+    demand, before = Demand(rounds.columns, slots), np.zeros((2, rounds.report_width), dtype=np.int32)
+
+    def check(server: Server) -> None:
+        assert server.last is not None
+        needed = rounds.num_rows(server.last, candidates)
+        for seat, request in enumerate(server.seats):
+            if request is not None and len(request.reports) > 1:  # it had an agenda, and has another one
+                assert needed[seat] <= demand.most_next(before[seat : seat + 1], candidates)
+        before[:] = server.last
+
+    server(rounds, script, 2, **drawing).serve(asked, lambda forward: candidates, check)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])

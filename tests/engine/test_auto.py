@@ -74,12 +74,12 @@ def test_without_costs_the_settings_decide_and_nothing_is_measured() -> None:
 def test_rows_for_the_worst_case_are_taken_where_they_cost_less_than_waiting_for_the_report() -> None:
     experience = Experience(LONG, 1)
     assert Candidates(lambda: FLAT, 4096, runs_ahead=True).choose(experience, 1) == (15, True)
-    assert not Candidates(lambda: FLAT, 4096).choose(experience, 1).repeats
-    assert not Candidates(lambda: STEEP, 4096, runs_ahead=True).choose(experience, 1).repeats
+    assert not Candidates(lambda: FLAT, 4096).choose(experience, 1).leads
+    assert not Candidates(lambda: STEEP, 4096, runs_ahead=True).choose(experience, 1).leads
     crowded = Candidates(lambda: FLAT, 100, runs_ahead=True).choose(experience, 2)  # the most rows of two seats do not fit
-    assert not crowded.repeats
+    assert not crowded.leads
     assert crowded.candidates > 0
-    assert Candidates(lambda: H100, 4096, runs_ahead=True).choose(experience, 1).repeats
+    assert Candidates(lambda: H100, 4096, runs_ahead=True).choose(experience, 1).leads
     one, other = (Candidates(lambda: H100, 4096, runs_ahead=ahead) for ahead in (True, False))
     assert (one.seconds_of_turn(H100, experience, 1) <= other.seconds_of_turn(H100, experience, 1)).all()
 

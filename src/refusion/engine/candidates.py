@@ -27,8 +27,8 @@ class Choice(NamedTuple):
 
     candidates: int
     """Lengths they prepare for."""
-    repeats: bool
-    """Whether every forward should have rows for the largest there can be, so that the next can be launched before its report is there."""
+    leads: bool
+    """Whether the next forward should be launched before the report of this one is there, with rows for whatever that may bring."""
 
 
 class Candidates:
@@ -84,7 +84,7 @@ class Candidates:
         seconds = np.where(fits, seconds, np.inf)
         best = np.unravel_index(int(seconds.argmin()), seconds.shape)
         if now is not None and now.candidates in ladder[:num_choices]:
-            place = int(now.repeats), ladder.index(now.candidates)
+            place = int(now.leads), ladder.index(now.candidates)
             if seconds[place] <= GAIN * seconds[best]:
                 return now
         return Choice(ladder[int(best[1])], bool(best[0]))
@@ -95,7 +95,7 @@ class Candidates:
         if not self.runs_ahead:
             return waiting, np.full_like(waiting, np.inf)
         most = [num_seats * most_rows(experience.slots, experience.width, candidates) for candidates in experience.ladder]
-        ahead = np.maximum(costs.cost(np.array(most)), HOST_SECONDS) * (1.0 + experience.uncovered)
+        ahead = np.maximum(costs.cost(num_seats * experience.rows_ahead), HOST_SECONDS) * (1.0 + experience.uncovered)
         return waiting, np.where(np.array(most) <= self._most_rows, ahead, np.inf)
 
 

@@ -8,7 +8,7 @@ from refusion.decoding.autoregressive_rounds import AutoregressiveRounds
 from refusion.decoding.diffusion_report import PLACE, TOKENS
 from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.params import SlotSettings
-from refusion.decoding.refusion_report import AGENDA, ReportColumns, group_rows
+from refusion.decoding.refusion_report import AGENDA, ReportColumns, group_rows, most_rows
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import NUM_COMMON, NUM_FORWARDS, OVERFLOW
 from refusion.decoding.state import DONE, INFILL, PLAN, REMASK, VERIFY
@@ -82,6 +82,7 @@ class Demand:
     def __init__(self, columns: ReportColumns, slots: SlotSettings) -> None:
         self.columns, self.width, self.slot_size, self.slots = columns, columns.width, columns.slot_size, slots
         self._tables: dict[int, np.ndarray] = {}  # candidates -> [phases * (K + 2) * 2] rows of a block of one slot
+        self._bounds: dict[int, np.ndarray] = {}  # the same of the most rows that the forward after it can need
         self._weights = np.array([2 * (self.slot_size + 2), 0, 0, 2, 1], dtype=np.int32)  # of phase, two slots, verified, planned
 
     def total(self, reports: np.ndarray, candidates: int) -> int:
@@ -99,6 +100,35 @@ class Demand:
         rows = table[(phase * (self.slot_size + 2) + verified + 1) * 2 + planned].sum()
         num_chosen = ((verified >= 0) & (phase == VERIFY)).sum(axis=1)
         return int(rows) + candidates * int(np.maximum(num_chosen - 1, 0).sum())  # all but the first slot judge alone as well
+
+    def most_next(self, reports: np.ndarray, candidates: int) -> int:
+        """Rows at most of the forward after the one that the reports [B, R] speak of, whatever that brings.
+
+        An infill that cannot end its slot is followed by another one, and that is much less than a whole slot with the next one's plan.
+        """
+        if self.width > 1:
+            return len(reports) * most_rows(self.slots, self.width, candidates)
+        candidates = min(candidates, self.slot_size - 1)
+        bounds = self._bounds.get(candidates)
+        if bounds is None:
+            bounds = self._bounds[candidates] = self._next_bounds(candidates)
+        first = self.columns.agenda
+        return int(bounds[reports[:, first : first + AGENDA + 2] @ self._weights + 2].sum())
+
+    def _next_bounds(self, candidates: int) -> np.ndarray:
+        """By phase, verified tokens and whether a slot is planned, as `_table`: the most rows of what can follow."""
+        size, most = self.slot_size, self.slots.most_masks
+        rows = self._table(candidates).reshape(NUM_PHASES, size + 2, 2)
+        judged = [rows[INFILL, verified + 1, int(self.slots.fuse_plan and verified + most >= size)] for verified in range(size + 1)]
+        masked = [rows[REMASK, verified + 1, 0] for verified in range(size + 1)]
+        bounds = np.zeros_like(rows)
+        bounds[[PLAN, VERIFY]] = most_rows(self.slots, 1, candidates)
+        for verified in range(size + 1):
+            onward = slice(min(verified + 1, size), verified + most + 2)  # a runner-up may stand behind what was accepted
+            bounds[INFILL, verified + 1] = max(*judged[onward], *masked[onward], size)  # its slot may end, and be planned for
+            bounds[INFILL, verified + 1, 1] = most_rows(self.slots, 1, candidates)
+            bounds[REMASK, verified + 1] = judged[verified]
+        return bounds.ravel()
 
     def _table(self, candidates: int) -> np.ndarray:
         """By phase, verified tokens (first place: not chosen) and whether a slot is planned in the same column."""

@@ -125,9 +125,10 @@ class Engine:
 
     def _launch_ahead(self, forward: Forward) -> tuple[Forward, Pending] | None:
         """Launch the next forward behind the one under way, if it is known already."""
-        if not self.runner.runs_ahead or not self.scheduler.can_repeat(forward):
+        num_rows = self.scheduler.rows_ahead(forward) if self.runner.runs_ahead else None
+        if num_rows is None:
             return None
-        again = replace(forward, prompt=None, pieces=[])
+        again = replace(forward, num_rows=num_rows, prompt=None, pieces=[])
         pending = self.runner.launch_again(
             again.seats.lane, num_seats=again.num_seats, num_rows=again.num_rows, candidates=again.candidates
         )

@@ -7,7 +7,7 @@ and what any number of lengths would have brought and taken follows, whatever nu
 import numpy as np
 
 from refusion.decoding.params import SlotSettings
-from refusion.decoding.refusion_report import group_rows
+from refusion.decoding.refusion_report import group_rows, most_rows
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.state import REMASK
 from refusion.engine.commits import Demand, advances
@@ -44,6 +44,8 @@ class Experience:
         self.share_judged = SHARE_JUDGED
         self.advanced = _first_advances(self.slot_size)  # [K + 1] share of the judged requests by the tokens of `advances`
         self.rows = self._first_rows()  # [C]
+        self.rows_ahead = np.array([float(most_rows(slots, width, each)) for each in self.ladder])
+        """[C] rows of a forward that is launched before it is known what it has to do."""
         self.remask_rows = float(self.slot_size)
         self.weight = FIRST_WEIGHT
         self.version = 0
@@ -85,6 +87,9 @@ class Experience:
             self.advanced += min(len(found) / self.weight, 1.0) * (counts - self.advanced)
         agendas = before[others]
         self.rows += share * (np.array([demand.total(agendas, candidates) for candidates in self.ladder]) / num_others - self.rows)
+        bounds = np.array([demand.most_next(before[took_part], candidates) for candidates in self.ladder])
+        num_seats = int(took_part.sum())
+        self.rows_ahead += min(num_seats / self.weight, 1.0) * (bounds / num_seats - self.rows_ahead)
         if num_remask:
             rows = demand.total(before[is_remask], 0) / num_remask
             self.remask_rows += min(num_remask / self.weight, 1.0) * (rows - self.remask_rows)

@@ -63,6 +63,8 @@ class Forward:
     candidates: int
     prompt: PromptRows | None
     pieces: list[Piece]
+    leads: bool = True
+    """Whether the next forward should be launched before the report of this one is there, if it can be."""
 
 
 class Scheduler:
@@ -158,10 +160,13 @@ class Scheduler:
             self._remember_pages(piece.request)
         self.lanes.move_to_end(forward.seats.key)
 
-    def can_repeat(self, forward: Forward) -> bool:
-        """Whatever the forward under way brings, one of its shape can follow: nobody arrives, leaves, or needs pages, and rows suffice."""
+    def rows_ahead(self, forward: Forward) -> int | None:
+        """Decode rows of a forward that can follow whatever the one under way brings: nobody arrives, leaves, or needs pages."""
         seats = forward.seats
-        return self._is_alone(seats) and not self._leaving and seats.can_repeat(forward.num_rows, forward.candidates)
+        if not forward.leads or not self._is_alone(seats) or self._leaving:
+            return None
+        num_rows = seats.rows_ahead(forward.num_rows, forward.candidates)
+        return num_rows if num_rows is not None and num_rows <= self.limits.decode_rows else None
 
     def _is_alone(self, seats: Seats) -> bool:
         """Everybody there is sits in this lane."""
@@ -370,7 +375,7 @@ class Scheduler:
         if not seats.requests:
             return None
         pieces = self._prefill(seats) if seats.num_prefilling else []
-        candidates, num_rows = self._rows(seats)
+        candidates, num_rows, leads = self._rows(seats)
         return Forward(
             seats=seats,
             num_seats=min(seat_bucket(len(seats)), self.limits.num_seats),
@@ -378,24 +383,21 @@ class Scheduler:
             candidates=candidates,
             prompt=self._prompt_rows(pieces) if pieces else None,
             pieces=pieces,
+            leads=leads,
         )
 
-    def _rows(self, seats: Seats) -> tuple[int, int]:
-        """For how many accepted lengths drafts are prepared, and the decode rows; fewer lengths if they do not fit."""
+    def _rows(self, seats: Seats) -> tuple[int, int, bool]:
+        """For how many accepted lengths drafts are prepared, the decode rows, `Forward.leads`; fewer lengths if they do not fit."""
         if seats.experience is None:
-            return 0, seats.num_rows(0)
-        chosen, repeats = self.candidates.choose(seats.experience, len(seats))
-        if repeats and self._is_alone(seats) and not seats.num_prefilling:
-            most = seats.most_rows(chosen)  # the forward after this one need not wait for its report then
-            if most <= self.limits.decode_rows:
-                return chosen, most
+            return 0, seats.num_rows(0), True
+        chosen, leads = self.candidates.choose(seats.experience, len(seats))
         num_rows = seats.num_rows(chosen)
         if num_rows <= self.limits.decode_rows:
-            return chosen, num_rows
+            return chosen, num_rows, leads
         for candidates in seats.experience.ladder:
             if candidates < chosen and (num_rows := seats.num_rows(candidates)) <= self.limits.decode_rows:
-                return candidates, num_rows
-        return 0, seats.num_rows(0)
+                return candidates, num_rows, False
+        return 0, seats.num_rows(0), False
 
     def _prefill(self, seats: Seats) -> list[Piece]:
         """The prompt tokens of the forward; those whose prompt is whole by then take part."""

@@ -15,7 +15,6 @@ import numpy as np
 from refusion.decoding.diffusion_params import MaskedDiffusionParams
 from refusion.decoding.diffusion_report import CACHED, NEXT_ROWS
 from refusion.decoding.diffusion_rounds import DiffusionRounds
-from refusion.decoding.refusion_report import most_rows
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import IS_DONE
 from refusion.decoding.state import DONE
@@ -199,23 +198,22 @@ class Seats:
         held = max(int(self.cached[seat]), int(self.first_room[seat]))
         return min(held + self.most_committed, int(self.most_cached[seat]))
 
-    def most_rows(self, candidates: int) -> int:
-        """Decode rows of any forward of those who sit here, in a slot lane."""
-        assert self.key.slots is not None, "slots are cut in slot lanes"
-        return len(self.requests) * most_rows(self.key.slots, self.key.width, candidates)
+    def rows_ahead(self, num_rows: int, candidates: int) -> int | None:
+        """Rows that hold the forward after the one under way, which has `num_rows`, whatever that brings; None if rows alone do not do.
 
-    def can_repeat(self, num_rows: int, candidates: int) -> bool:
-        """So many rows hold the forward after the one under way, for everybody who is not done by then, and somebody may not be."""
+        That is so where somebody needs pages first, and where nobody may be left to decode.
+        """
         count = len(self.requests)
         if not self.is_decoding[:count].all():
-            return False
+            return None
         if self.key.diffusion is not None:
-            return isinstance(self.key.diffusion, MaskedDiffusionParams) and self._can_repeat_masked(count)
+            repeats = isinstance(self.key.diffusion, MaskedDiffusionParams) and self._can_repeat_masked(count)
+            return num_rows if repeats else None
         if self._is_short(2 * self.most_committed).any():  # by the forward under way, and by the next
-            return False
-        if self.key.slots is not None:
-            return num_rows >= self.most_rows(candidates)
-        return bool((self.most_cached[:count] > self.cached[:count] + 1).any())
+            return None
+        if self.demand is not None:
+            return max(self.demand.most_next(self.reports[:count], candidates), 1)
+        return num_rows if (self.most_cached[:count] > self.cached[:count] + 1).any() else None
 
     def _can_repeat_masked(self, count: int) -> bool:
         """Without a cache, a forward of masked diffusion runs prompt and answer whatever the one before it brought."""
