@@ -68,7 +68,7 @@ class SlotParams:
     """`paper`: p > token_threshold; `argmax`: that, or the token is the most probable one."""
     correction: Correction | None = None
     """What stands in for the first draft that fails: `paper`: the next mask prediction; `autoregressive`: the token that judged it. Then
-    the last row of the prompt and of a finished slot names the first token of the slot behind it; a slot begun before that keeps its own."""
+    the last row of the prompt and of a finished slot names the first token of the slot behind it; one begun before that keeps its own."""
     alternatives: int | None = None
     """How many runner-ups of each draft are tried beside it: if the correction is one of them, it stands at once, the token behind it is
     known as well, and the next drafts are made behind it. 0 to 3; needs correction `autoregressive`."""
