@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Controlled comparison, ablations and the seven benchmarks on one GPU, in stages of bounded time. From the checkout, DATA and SUITE beside it:
 #     bash benchmarks/comparison_campaign.sh prepare                     # wheels of .whl, base model (REFUSION_GGUF), default model
-#     bash benchmarks/comparison_campaign.sh train STEPS SEED...         # five recipes a seed, JOBS trainings at a time
+#     bash benchmarks/comparison_campaign.sh train STEPS SEED...         # five recipes a seed (or RECIPE-SEED alone), JOBS at a time
 #     bash benchmarks/comparison_campaign.sh ask SEED...                 # right answers, agreement, likelihood: several processes at once
 #     bash benchmarks/comparison_campaign.sh speed SEED...               # tokens/s, alone on the GPU, and comparison-$GPU.json of all
-#     bash benchmarks/comparison_campaign.sh ablate SEED                 # one setting at a time on the ReFusion model of this seed
+#     bash benchmarks/comparison_campaign.sh ablate SEED                 # one setting at a time on the model of this seed and recipe ABLATED
 #     bash benchmarks/comparison_campaign.sh suite                       # seven benchmarks with base and default model
 #     bash benchmarks/comparison_campaign.sh all STEPS SEED...           # train, ask, speed, ablate, suite
 # GPUS=2 shares the trainings and questions among two; speed and ablate take the first one (or the one in CUDA_VISIBLE_DEVICES).
@@ -18,7 +18,7 @@ export WORK=${WORK:-/tmp/campaign} DATA=${DATA:-.carry/comparison} SUITE=${SUITE
 export OUT=${OUT:-$WORK/out} REFUSION_HOME=${REFUSION_HOME:-$WORK/home} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$WORK/inductor}
 export PYTHONPATH=src:$WORK/site:${PYTHONPATH:-} PYTHONUNBUFFERED=1
 [ ! -d "$WORK/gguf" ] || export REFUSION_GGUF=$WORK/gguf
-GPUS=${GPUS:-1} JOBS=${JOBS:-2} ASK_JOBS=${ASK_JOBS:-3} SUITE_JOBS=${SUITE_JOBS:-2} BASE=${BASE:-smollm2-135m}
+GPUS=${GPUS:-1} JOBS=${JOBS:-2} ABLATED=${ABLATED:-refusion} ASK_JOBS=${ASK_JOBS:-3} SUITE_JOBS=${SUITE_JOBS:-2} BASE=${BASE:-smollm2-135m}
 TRAIN_S=${TRAIN_S:-300} ASK_S=${ASK_S:-120} SPEED_S=${SPEED_S:-90} ABLATE_S=${ABLATE_S:-100} SUITE_S=${SUITE_S:-160}
 # What a small machine needs otherwise, such as a dry run on a CPU: further options of each script.
 TRAIN_OPTIONS=${TRAIN_OPTIONS:-} ASK_OPTIONS=${ASK_OPTIONS:-} SPEED_OPTIONS=${SPEED_OPTIONS:-} ABLATE_OPTIONS=${ABLATE_OPTIONS:-}
@@ -33,9 +33,14 @@ prepare() {
     $PYTHON -m refusion models pull smollm2-135m-refusion
 }
 
-train() { # STEPS SEED...: the yardstick and ReFusion first; a seed after the other
+train() { # STEPS SEED|RECIPE-SEED...: the yardstick and ReFusion first; a seed after the other
     local steps=$1 ends=$((SECONDS + TRAIN_S)) names=(); shift
-    for seed in "$@"; do for recipe in autoregressive refusion block_diffusion masked_diffusion refusion_few; do names+=("$recipe-$seed"); done; done
+    for seed in "$@"; do
+        case $seed in
+            *-*) names+=("$seed") ;;
+            *) for recipe in autoregressive refusion_few refusion block_diffusion masked_diffusion; do names+=("$recipe-$seed"); done ;;
+        esac
+    done
     pool "$JOBS" train_one "${names[@]}"
 }
 
@@ -49,7 +54,8 @@ train_one() { # RECIPE-SEED; what runs out of time saves a checkpoint
 
 ask() { # SEED...
     local ends=$((SECONDS + ASK_S)) seeds="$*"
-    pool "$ASK_JOBS" ask_one refusion refusion_few "autoregressive refusion_one_by_one block_diffusion" "masked_diffusion masked_diffusion_fast" refusion_paper plain
+    pool "$ASK_JOBS" ask_one refusion_few refusion autoregressive "masked_diffusion masked_diffusion_fast" "refusion_one_by_one block_diffusion" \
+        refusion_paper plain
     # shellcheck disable=SC2086
     limited result comparison --seeds $seeds --speed-only --batch-sizes --output "$WORK/comparison.json" $ASK_OPTIONS
 }
@@ -58,7 +64,7 @@ ask_one() { # CONTENDERS, or the ablations that are not timed
     [ "$(left)" -gt 0 ] || return 0
     # shellcheck disable=SC2086
     if [ "$1" = plain ]; then
-        limited ablations-plain $PYTHON benchmarks/ablations.py --model "$WORK/runs/comparison/refusion-${seeds%% *}/final" --device "$DEVICE" \
+        limited ablations-plain $PYTHON benchmarks/ablations.py --model "$WORK/runs/comparison/$ABLATED-${seeds%% *}/final" --device "$DEVICE" \
             --base "$BASE" --groups kv score --arms 'kv: *0.9' 'score: *0.9' '*' --chat-rows 0 --limit 280 --batch-size 140 --seconds "$(left)" \
             --output "$WORK/ablations-plain.json" $COMMON_SLOTS $ABLATE_OPTIONS
         return
@@ -75,13 +81,13 @@ speed() { # SEED...
 
 comparison() { # options; what was asked already is not asked again
     $PYTHON benchmarks/comparison.py --runs "$WORK/runs/comparison" --data "$DATA" --device "$DEVICE" --base "$BASE" --state "$state/answers" \
-        --speed-prompts 10 --slow-prompts 4 --speed-seconds 2 --likelihood-rows 96 "$@"
+        --speed-prompts 28 --slow-prompts 4 --speed-seconds 2 --likelihood-rows 96 "$@"
 }
 
 ablate() { # SEED
     local ends=$((SECONDS + ABLATE_S))
     # shellcheck disable=SC2086
-    limited ablations $PYTHON benchmarks/ablations.py --model "$WORK/runs/comparison/refusion-$1/final" --device "$DEVICE" --base "$BASE" \
+    limited ablations $PYTHON benchmarks/ablations.py --model "$WORK/runs/comparison/$ABLATED-$1/final" --device "$DEVICE" --base "$BASE" \
         --chat-data "$DATA/heldout.jsonl.gz" --chat-rows 64 --limit 280 --speed-prompts 7 --seconds "$(left)" --output "$WORK/ablations.json" \
         --groups slots thresholds rules fusion infill --arms 'slots: common' 'slots: 4 in 32' 'slots: 8 in 32' 'slots: 16 in 32' \
         'slots: 32 in 32' 'slots: 16 in 128' 'rules: *' 'infill: [01] alternatives' 'infill: 2 behind*' 'fusion: two-pass' \
@@ -110,7 +116,7 @@ stage() { # NAME [arguments]: how long it took, and everything there is into $OU
     [ ! -e "$WORK/comparison.json" ] || cp "$WORK/comparison.json" "$OUT/comparison-$GPU.json"
     [ ! -e "$WORK/ablations.json" ] || cp "$WORK/ablations.json" "$OUT/ablations-$GPU.json"
     [ ! -e "$WORK/ablations-plain.json" ] || cp "$WORK/ablations-plain.json" "$OUT/ablations-plain-$GPU.json"
-    tar -czf "$OUT/state.tgz" -C "$WORK" logs state reports
+    tar -czf "$OUT/state.tgz" -C "$WORK" logs state reports || [ $? -eq 1 ]  # 1: somebody beside us was writing a log
 }
 
 pool() { # JOBS FUNCTION ARGUMENT...: a call per argument, so many at a time, on GPUs 0 to GPUS - 1 in turn

@@ -27,6 +27,7 @@ PAIRS = (
     ("refusion_one_by_one", "autoregressive"),
     ("refusion_few", "autoregressive"),
     ("refusion_few", "refusion"),
+    ("refusion_few", "block_diffusion"),
     ("refusion", "block_diffusion"),
     ("block_diffusion", "masked_diffusion"),
     ("refusion", "masked_diffusion"),
@@ -137,9 +138,10 @@ class _Table:
             yield Run(label=f"{first} - {second}", settings=settings, figures=figures)
 
     def ratios(self) -> Iterator[Run]:
-        """Speed over autoregressive of everybody, and of refusion over the others; of the same seeds on the same prompts."""
+        """Speed over autoregressive of everybody, and of ReFusion over the others; of the same seeds on the same prompts."""
         pairs = [(name, "autoregressive") for name in self.names if name != "autoregressive"]
-        pairs += [("refusion", name) for name in self.names if name not in ("refusion", "autoregressive")]
+        for ours in ("refusion", "refusion_few"):
+            pairs += [(ours, name) for name in self.names if name not in (ours, "autoregressive")]
         for first, second in dict.fromkeys(pairs):
             figures: dict[str, Figure] = {}
             for task in self._speed_tasks():

@@ -6,6 +6,9 @@
 
 `carrier.py` says what the carrier is, `serving.py` what the figures mean, `transformers_loop.py` what the eager loop is. The small model
 itself runs first in the same dtype, so that tokens per forward and texts can be compared with the carrier's.
+
+`masked diffusion` is the published set-up of LLaDA: 512 positions, as many forwards of the whole text, no cache, no early stop. The weights
+never learnt it, so what it writes says nothing; how long it takes does not depend on that, and is set against the mean answer of ReFusion.
 """
 
 from __future__ import annotations
@@ -23,14 +26,17 @@ import torch
 import transformers_loop
 
 from refusion import LLM, SamplingParams
+from refusion.decoding.diffusion_params import MaskedDiffusionParams
 from refusion.decoding.forward import EagerForward
 from refusion.decoding.transformers_network import TransformersNetwork
-from refusion.evaluation.load import Server, comparison, run_of
-from refusion.evaluation.results import Run
+from refusion.evaluation.load import Load, Server, comparison, run_of
+from refusion.evaluation.results import Figure, Run
 from refusion.llm import EngineSettings, RequestOutput
 
 DECODERS = ("autoregressive", "refusion")
 ENGINE = EngineSettings(max_num_seqs=1, prefix_caching=False, cache_tokens=16384)
+PAPER_TOKENS = 512
+"""Length of every answer in the published set-up of masked diffusion."""
 
 
 def main() -> None:
@@ -40,6 +46,7 @@ def main() -> None:
     parser.add_argument("--tasks-data", type=Path, default=None, help="task rows; by default made from the held-out seed")
     parser.add_argument("--num-prompts", type=int, default=24, help="of each kind")
     parser.add_argument("--loop-prompts", type=int, default=4, help="chat prompts for the eager transformers loop; 0 leaves it out")
+    parser.add_argument("--masked-prompts", type=int, default=1, help="of each kind, for masked diffusion; 0 leaves it out")
     args = parser.parse_args()
     (setting,) = harness.settings(args)
     sampling = SamplingParams(max_tokens=args.max_tokens)
@@ -66,9 +73,25 @@ def main() -> None:
                     same = same_texts(expected[decoder], load.outputs)
                     runs.append(serving.shown(Run(label=f"{decoder}: texts of the small model", settings={}, figures=same)))
             runs.append(serving.shown(replace(comparison(loads, 1), label=f"{kind}: compared")))
+            if args.masked_prompts:
+                runs.append(serving.shown(masked_diffusion(server, kind, encoded[: args.masked_prompts], loads)))
         if args.loop_prompts:
             shorter = replace(sampling, max_tokens=min(args.max_tokens, 64))
             runs += map(serving.shown, eager_loop(llm, setting, shorter, prompts["chat"][: args.loop_prompts]))
+
+
+def masked_diffusion(server: Server, kind: str, prompts: list[list[int]], loads: dict[str, Load]) -> Run:
+    """Seconds of an answer that is always `PAPER_TOKENS` long, and over the mean answer of every decoder in `loads`."""
+    options = {"diffusion": MaskedDiffusionParams()}
+    masked, load = replace(server, sampling=replace(server.sampling, max_tokens=PAPER_TOKENS), options=options), Load()
+    masked.serve(Load(), "masked_diffusion", prompts[:1], 1)  # whatever has to be compiled
+    masked.serve(load, "masked_diffusion", prompts, 1)
+    seconds = load.seconds / len(load.outputs)
+    figures: dict[str, Figure] = {"seconds_per_answer": seconds, "num_first_runs": load.num_first_runs}
+    if load.device_ms:
+        figures["device_ms_per_forward"] = sum(load.device_ms) / len(load.device_ms)
+    figures |= {f"over_{decoder}": seconds / (other.seconds / len(other.outputs)) for decoder, other in loads.items()}
+    return Run(label=f"{kind}: masked diffusion", settings={"num_prompts": len(prompts), "max_tokens": PAPER_TOKENS}, figures=figures)
 
 
 def same_texts(expected: list[RequestOutput], found: list[RequestOutput]) -> dict[str, Any]:
