@@ -135,7 +135,7 @@ def fsdp_on_cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed (pip install deepspeed)")
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed (pip install deepspeed)")
 ZERO_3 = {"name": "deepspeed", "zero_stage": 3}
 ZERO_STAGES = [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def _parallel_arguments(recipe: Recipe, model: Any, bfloat16: bool) -> dict[str,
         }
     if parallel.name == "deepspeed":
         _require_deepspeed()
+        # DeepSpeed 0.19 calls what torch 2.13 would like to be called otherwise, several times a step.
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
         return {"deepspeed": _deepspeed_config(parallel, bfloat16)}
     return {}
 
@@ -103,7 +106,7 @@ def _deepspeed_config(parallel: ParallelSettings, bfloat16: bool) -> dict[str, A
 
 def _require_deepspeed() -> None:
     if find_spec("deepspeed") is None:
-        raise ConfigError("parallel.name = 'deepspeed' needs DeepSpeed; `pip install deepspeed`, or use 'fsdp'")
+        raise ConfigError("parallel.name = 'deepspeed' needs DeepSpeed; `pip install 'deepspeed>=0.19'`, or use 'fsdp'")
     if "WORLD_SIZE" not in os.environ:  # DeepSpeed would look for MPI
         raise ConfigError(
             "parallel.name = 'deepspeed' needs a launcher, for one process too: `torchrun --nproc-per-node 1 -m refusion train ...`"

@@ -158,7 +158,7 @@ class RefusionTrainer(Trainer):
 
     def _gathered_by_deepspeed(self) -> dict[str, Any]:
         """One weight after the other, so that no process holds two of them in its accelerator's memory."""
-        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]  (an extra)
 
         state: dict[str, Any] = {}
         for name, value in self.network.state_dict(keep_vars=True).items():
