@@ -1,12 +1,14 @@
-"""Several processes: the weights of one, checkpoints that appear whole, and FSDP2 with the same result."""
+"""Several processes: the weights of one, checkpoints that appear whole, and FSDP2 and DeepSpeed ZeRO with the same result."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import socket
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +65,12 @@ def test_a_checkpoint_of_two_processes_appears_whole_or_not_at_all(
 def test_fsdp_gives_the_weights_of_one_process_killed_and_resumed(
     tmp_path: Path, small_recipe: Build, final_weights: Weights, is_tied: bool, fsdp_on_cpu: pytest.MonkeyPatch
 ) -> None:
-    base = tmp_path / "base"
-    config = toy_config()
-    config.tie_word_embeddings = is_tied
-    config.mask_token_id = 2
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(base)
-    options = {"model": {"base": str(base)}, "optimizer": OPTIMIZER, "run": {"save_steps": 2}, "data": {"validation_rows": 5}}
+    options = {
+        "model": {"base": str(_base(tmp_path, is_tied))},
+        "optimizer": OPTIMIZER,
+        "run": {"save_steps": 2},
+        "data": {"validation_rows": 5},
+    }
     train(small_recipe(**options), output=tmp_path / "1", report=lambda line: None)
     sharded = small_recipe(**options, parallel={"name": "fsdp"})
     compute_loss = trainer.RefusionTrainer.compute_loss
@@ -94,11 +95,7 @@ def test_fsdp_in_bfloat16_rounds_weights_alone(
     tmp_path: Path, small_recipe: Build, final_weights: Weights, fsdp_on_cpu: pytest.MonkeyPatch
 ) -> None:
     """accelerate's own policy would also round the batch's weights and normalisers, the loss and the sums of gradients."""
-    base = tmp_path / "base"
-    config = toy_config()
-    config.mask_token_id = 2
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(base)
+    base = _base(tmp_path)
     options = {"model": {"base": str(base), "precision": "bfloat16", "residual": "bfloat16"}, "optimizer": OPTIMIZER}
     train(small_recipe(**options), output=tmp_path / "1", report=lambda line: None)
     packed_loss = objectives.packed_loss
@@ -138,6 +135,79 @@ def fsdp_on_cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed (pip install deepspeed)")
+ZERO_3 = {"name": "deepspeed", "zero_stage": 3}
+ZERO_STAGES = [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("parallel", ZERO_STAGES, ids=str)
+def test_zero_gives_the_weights_of_one_process_killed_and_resumed(
+    tmp_path: Path, small_recipe: Build, final_weights: Weights, is_tied: bool, parallel: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"model": {"base": str(_base(tmp_path, is_tied))}, "optimizer": OPTIMIZER, "run": {"save_steps": 2}}
+    options["data"] = {"validation_rows": 5, "accumulation": 2}
+    alone = train(small_recipe(**options), output=tmp_path / "1", report=lambda line: None)
+    sharded = small_recipe(**options, parallel={"name": "deepspeed", **parallel})
+    compute_loss = trainer.RefusionTrainer.compute_loss
+
+    def checking(self: trainer.RefusionTrainer, *args: Any, **kwargs: Any) -> Any:
+        if parallel == {"zero_stage": 3}:  # but for the norms, which are too small to be worth it
+            assert all(parameter.numel() == 0 or parameter.ndim == 1 for parameter in self.network.parameters())
+        if self.state.global_step == 3:
+            _kill()
+        return compute_loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.RefusionTrainer, "compute_loss", checking)
+        assert -signal.SIGKILL in _train_in_processes(sharded, tmp_path / "2")
+    assert [p.name for p in checkpoints(tmp_path / "2")] == ["checkpoint-2"]
+    assert 1 in _train_in_processes(sharded, tmp_path / "2", count=1)  # its shards are those of two
+    for _ in range(2):  # the second time nothing is left to train
+        assert _train_in_processes(sharded, tmp_path / "2") == [0, 0]
+        _assert_close(final_weights(tmp_path / "1"), final_weights(tmp_path / "2"))
+        report = json.loads((tmp_path / "2" / "report.json").read_text())
+        assert report["validation_mdm"] == pytest.approx(alone.validation_mdm, rel=1e-5)
+        shutil.rmtree(tmp_path / "2" / "final")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("parallel", [*ZERO_STAGES, {"zero_stage": 3, "cpu_offload": True}], ids=str)
+def test_zero_autocasts_as_one_process_does(tmp_path: Path, small_recipe: Build, final_weights: Weights, parallel: dict[str, int]) -> None:
+    """DeepSpeed's own bf16 would round weights, the batch's weights and its normalisers."""
+    options = {"model": {"base": str(_base(tmp_path)), "precision": "bfloat16", "residual": "bfloat16"}, "optimizer": OPTIMIZER}
+    options |= {"data": {"validation_rows": 5}, "objective": {"distill": 0.5, "teacher": str(_base(tmp_path, is_tied=False))}}
+    alone = train(small_recipe(**options), output=tmp_path / "1", report=lambda line: None)
+    assert _train_in_processes(small_recipe(**options, parallel={"name": "deepspeed", **parallel}), tmp_path / "2") == [0, 0]
+    report = json.loads((tmp_path / "2" / "report.json").read_text())
+    assert report["loss"] == pytest.approx(alone.loss, rel=2e-4)
+    assert report["validation_mdm"] == pytest.approx(alone.validation_mdm, rel=1e-3)  # plain data parallelism is as far away
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "base-tied").state_dict()
+    together = final_weights(tmp_path / "2")
+    for name, value in final_weights(tmp_path / "1").items():
+        assert (together[name] - value).norm() < 0.05 * (value - before[name]).norm(), name  # sums of bfloat16 gradients in another order
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("method", [{"name": "lora", "rank": 4}, {"freeze_embeddings": True}], ids=str)
+def test_zero_trains_an_adapter_or_the_mask_row(
+    tmp_path: Path, small_recipe: Build, final_weights: Weights, method: dict[str, Any]
+) -> None:
+    recipe = small_recipe(optimizer=OPTIMIZER, method=method)
+    train(recipe, output=tmp_path / "1", report=lambda line: None)
+    sharded = small_recipe(optimizer=OPTIMIZER, method=method, parallel={"name": "deepspeed"})
+    assert _train_in_processes(sharded, tmp_path / "2") == [0, 0]
+    _assert_close(final_weights(tmp_path / "1"), final_weights(tmp_path / "2"))
+
+
+@needs_deepspeed
+def test_zero_without_a_launcher_is_refused(tmp_path: Path, small_recipe: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ConfigError, match="'deepspeed' needs a launcher"):
+        train(small_recipe(parallel={"name": "deepspeed"}), output=tmp_path, report=lambda line: None)
+
+
 def test_fsdp_without_gpus_is_refused(tmp_path: Path, small_recipe: Build) -> None:
     with pytest.raises(ConfigError, match="'fsdp' needs GPUs"):
         train(small_recipe(parallel={"name": "fsdp"}), output=tmp_path, report=lambda line: None)
@@ -150,12 +220,25 @@ def test_fsdp_without_gpus_is_refused(tmp_path: Path, small_recipe: Build) -> No
         ({"run": {"probe_steps": 2}}, "run.probe_steps"),
         ({"method": {"name": "lora"}}, "method.name = 'lora' must be 'full'"),
         ({"parallel": {"name": "ddp", "cpu_offload": True}}, "parallel.cpu_offload = True must be left out"),
-        ({"parallel": {"name": "deepspeed", "zero_stage": 3}}, "parallel.zero_stage = 3 must be 1 or 2"),
+        ({"parallel": {"name": "deepspeed", "zero_stage": 4}}, "parallel.zero_stage = 4 must be 1, 2 or 3"),
+        ({"parallel": ZERO_3, "method": {"name": "lora"}}, "method.name = 'lora' must be 'full' with parallel.zero_stage = 3"),
+        ({"parallel": ZERO_3, "run": {"probe_steps": 2}}, "run.probe_steps = 2 must be 0 with parallel.zero_stage = 3"),
+        ({"parallel": ZERO_3, "model": {"compile": True}}, "model.compile = True must be false with parallel.zero_stage = 3"),
     ],
 )
 def test_what_does_not_go_together_is_refused(small_recipe: Build, sections: dict[str, dict[str, object]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small_recipe(**{"parallel": {"name": "fsdp"}, **sections})
+
+
+def _base(tmp_path: Path, is_tied: bool = True) -> Path:
+    base = tmp_path / ("base-tied" if is_tied else "base")
+    config = toy_config()
+    config.tie_word_embeddings = is_tied
+    config.mask_token_id = 2
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(base)
+    return base
 
 
 def _train_in_processes(recipe: Recipe, run_dir: Path, count: int = 2) -> list[int]:

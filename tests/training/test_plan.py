@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,24 @@ def test_the_hardware_at_hand_is_found() -> None:
     assert found.memory_bytes > 10**8
     assert found.flops > 10**8
     assert found.bytes_per_second > 10**8
+
+
+@pytest.mark.parametrize(
+    ("parallel", "weights", "gradients", "optimizer"),
+    [
+        ({}, 4, 4, 8),
+        ({"name": "fsdp"}, 2, 2, 4),
+        ({"name": "fsdp", "cpu_offload": True}, 0, 0, 0),
+        ({"name": "deepspeed", "zero_stage": 1}, 4, 4, 6),
+        ({"name": "deepspeed", "zero_stage": 2}, 4, 2, 6),
+        ({"name": "deepspeed", "zero_stage": 2, "cpu_offload": True}, 4, 2, 0),
+        ({"name": "deepspeed", "zero_stage": 3}, 2, 2, 6),
+    ],
+    ids=str,
+)
+def test_two_processes_share_bytes_of_a_weight(
+    small_recipe: Build, parallel: dict[str, Any], weights: int, gradients: int, optimizer: int
+) -> None:
+    plan = make_plan(small_recipe(parallel=parallel), dataclasses.replace(CPU, num_processes=2))
+    planned = (plan.weights_bytes, plan.gradient_bytes, plan.optimizer_bytes)
+    assert planned == tuple(share * plan.parameters for share in (weights, gradients, optimizer))

@@ -6,16 +6,19 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from refusion.errors import CheckpointError, ConfigError
+from refusion.llm import LLM, SamplingParams
 from refusion.tokenizer import Tokenizer
-from refusion.training.base import TOY_MASK_ID, BaseModel, load_base, toy_config
+from refusion.training.base import TOY_MASK_ID, BaseModel, _four_bit_options, load_base, toy_config
 from refusion.training.data import Examples
 from refusion.training.recipe import Recipe
 from refusion.training.run import TrainingReport, train
@@ -70,7 +73,8 @@ def test_a_teacher_of_another_name_teaches_in_place_of_the_base(tmp_path: Path, 
         base.model.layers[0].mlp.down_proj.weight.mul_(2.0)
     base.save_pretrained(tmp_path / "other")
     for name, teacher in {"none": "", "itself": str(tmp_path / "itself"), "other": str(tmp_path / "other")}.items():
-        _train(small_recipe(objective={"distill": 0.5, "teacher": teacher}), tmp_path / "runs" / name)
+        recipe = small_recipe(objective={"distill": 0.5, "teacher": teacher}, data={"validation_rows": 5})
+        _train(recipe, tmp_path / "runs" / name)
     none, itself, other = (final_weights(tmp_path / "runs" / name) for name in ("none", "itself", "other"))
     assert all(torch.equal(none[name], itself[name]) for name in none)
     assert not all(torch.equal(none[name], other[name]) for name in none)
@@ -359,23 +363,76 @@ def test_qlora_without_bitsandbytes_says_what_to_install(
         _train(small_recipe(model={"base": str(tiny_model_dir)}, method={"name": "qlora"}), tmp_path)
 
 
-def test_qlora_trains_over_four_bits_and_leaves_a_whole_model(tmp_path: Path, small_recipe: Build, final_weights: Weights) -> None:
-    pytest.importorskip("bitsandbytes")
+def test_each_process_quantises_on_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr(transformers, "BitsAndBytesConfig", lambda **_: None)
+    assert _four_bit_options()["device_map"] == {"": 0 if torch.cuda.is_available() else "cpu"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert _four_bit_options()["device_map"] == {"": 1}
+
+
+needs_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (pip install bitsandbytes)"
+)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_qlora_trains_over_four_bits_and_leaves_a_whole_model(
+    tmp_path: Path, small_recipe: Build, final_weights: Weights, is_tied: bool
+) -> None:
     base = tmp_path / "base"
     config = toy_config()
     config.mask_token_id = TOY_MASK_ID
+    config.tie_word_embeddings = is_tied
+    torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     model.save_pretrained(base)
-    recipe = small_recipe(model={"base": str(base)}, method={"name": "qlora", "rank": 4}, run={"save_steps": 2})
-    _train(recipe, tmp_path / "run")
-    before, after = model.state_dict(), final_weights(tmp_path / "run")
+    lora, qlora = ({"name": name, "rank": 4, "dropout": 0.1} for name in ("lora", "qlora"))
+    loss = {
+        method["name"]: _train(small_recipe(model={"base": str(base)}, method=method), tmp_path / str(method["name"])).loss
+        for method in (lora, qlora)
+    }
+    assert loss["qlora"] == pytest.approx(loss["lora"], rel=0.02)  # what four bits take from a random model
+    before, after = model.state_dict(), final_weights(tmp_path / "qlora")
     assert _moved_rows(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"]) == [TOY_MASK_ID]
-    assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
+    if not is_tied:
+        assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    for name, value in before.items():
+        if "_proj" in name:  # over the base in full precision; over four bits the difference would have every rank
+            assert torch.linalg.matrix_rank(after[name] - value, atol=1e-5) == 4, name
+    AutoModelForCausalLM.from_pretrained(tmp_path / "qlora" / "final")
+
+
+@needs_bitsandbytes
+def test_qlora_resumes_to_the_weights_of_an_unbroken_run(tmp_path: Path, small_recipe: Build, final_weights: Weights) -> None:
+    base = tmp_path / "base"
+    config = toy_config()
+    config.mask_token_id = TOY_MASK_ID
+    LlamaForCausalLM(config).save_pretrained(base)
+    method = {"name": "qlora", "rank": 4, "dropout": 0.1}
+    recipe = small_recipe(model={"base": str(base)}, method=method, run={"save_steps": 2, "keep_checkpoints": 2})
+    _train(recipe, tmp_path / "run")
+    unbroken = final_weights(tmp_path / "run")
+    for name in ("checkpoint-4", "final", "adapter"):
+        shutil.rmtree(tmp_path / "run" / name)
+    train(recipe, output=tmp_path / "run", resume=True, report=lambda line: None)
+    resumed = final_weights(tmp_path / "run")
+    assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
+
+
+@needs_bitsandbytes
+def test_a_model_trained_by_qlora_answers(tmp_path: Path, small_recipe: Build, tiny_model_dir: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "a", "response": "b"}\n' * 8)
+    report = _train(small_recipe(model={"base": str(tiny_model_dir)}, method={"name": "qlora"}, data={"sources": [str(rows)]}), tmp_path)
+    assert LLM.from_pretrained(report.model).generate(["a"], SamplingParams(max_tokens=8))[0].token_ids
 
 
 def test_deepspeed_that_is_not_installed_says_what_to_do(tmp_path: Path, small_recipe: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("refusion.training.arguments.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="needs DeepSpeed; `pip install deepspeed`, or use 'fsdp'"):
+    with pytest.raises(ConfigError, match=r"needs DeepSpeed; `pip install 'deepspeed>=0.19'`, or use 'fsdp'"):
         _train(small_recipe(parallel={"name": "deepspeed"}), tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,9 @@ def _four_bit_options() -> dict[str, Any]:
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
-    return {"quantization_config": quantization, "dtype": torch.bfloat16}
+    # Left to itself, transformers loads 4-bit weights onto the first GPU in every process.
+    device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": quantization, "dtype": torch.bfloat16, "device_map": {"": device}}
 
 
 def _chat_template(name: str) -> str | None:

@@ -159,7 +159,7 @@ def validation_schedule(corruption: Corruption, *, rows_per_step: int) -> Schedu
     """Every example once, corrupted in the same way each time: the draws of an epoch that no training reaches."""
     examples = corruption.examples
     once = dataclasses.replace(examples, weights=np.ones(len(examples)))
-    plain = dataclasses.replace(corruption, examples=once, objective=dataclasses.replace(corruption.objective, distill=0.0))
+    plain = dataclasses.replace(corruption, examples=once, objective=dataclasses.replace(corruption.objective, distill=0.0, teacher=""))
     plan = plan_epoch(plain, VALIDATION_EPOCH)
     return Schedule(
         corruption=plain,

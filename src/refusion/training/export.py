@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from refusion.atomic import atomic_directory
 from refusion.errors import CheckpointError
@@ -36,6 +37,7 @@ def save_final_model(trainer: RefusionTrainer, base: BaseModel, recipe: Recipe, 
     All processes call it, because sharded weights are gathered from all; the first one writes.
     """
     state = trainer.gathered_state_dict()
+    unset_hf_deepspeed_config()  # else transformers would shard what is built here, too
     if trainer.is_world_process_zero():
         if recipe.method.name == "full":
             model = trainer.network if state is None else _filled(trainer.network, state)

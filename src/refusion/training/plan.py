@@ -88,7 +88,6 @@ def make_plan(recipe: Recipe, hardware: Hardware, config: Any = None) -> Plan:
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(p.numel() for p in model.parameters())
     trained = _num_trained(model, recipe)
-    shards = hardware.num_processes if recipe.parallel.name == "fsdp" else 1
     rows = recipe.data.rows_per_step // (recipe.data.accumulation * hardware.num_processes)
     tokens = rows * recipe.data.pack_length
     weights = int(parameters * (0.6 if recipe.method.name == "qlora" else 4)) + (trained * 4 if recipe.method.name != "full" else 0)
@@ -97,8 +96,9 @@ def make_plan(recipe: Recipe, hardware: Hardware, config: Any = None) -> Plan:
     activation = activation_bytes(recipe, rows, compute_bytes, config)
     head = _head_bytes(recipe, config, tokens, compute_bytes)
     teacher = parameters * compute_bytes if recipe.objective.distill else 0
-    optimizer = 0 if recipe.parallel.cpu_offload else 8 * with_gradient // shards
-    weights_here, gradients = (0, 0) if recipe.parallel.cpu_offload else (weights // shards, 4 * with_gradient // shards)
+    # DeepSpeed's optimizer updates a copy of the weights.
+    sizes = (weights, 4 * with_gradient, (12 if recipe.parallel.name == "deepspeed" else 8) * with_gradient)
+    weights_here, gradients, optimizer = (int(share * size) for share, size in zip(_shares(recipe, hardware), sizes, strict=True))
     total = int((weights_here + gradients + optimizer + activation + head + teacher) * OVERHEAD) + RESERVED_BYTES[hardware.device]
     flops = flops_per_token(config, _attended(recipe)) * recipe.data.rows_per_step * recipe.data.pack_length
     flops *= 4 / 3 if recipe.model.gradient_checkpointing else 1.0
@@ -121,6 +121,16 @@ def make_plan(recipe: Recipe, hardware: Hardware, config: Any = None) -> Plan:
         seconds_per_step=flops / (MATMUL_SHARE * hardware.flops * hardware.num_processes) + traffic,
         num_steps=recipe.run.max_steps,
     )
+
+
+def _shares(recipe: Recipe, hardware: Hardware) -> tuple[float, float, float]:
+    """What a process's device holds of weights, gradients and optimizer."""
+    stage = {"fsdp": 3, "deepspeed": recipe.parallel.zero_stage}.get(recipe.parallel.name, 0)
+    share = 1 / hardware.num_processes
+    weights, gradients, optimizer = (share if stage >= needed else 1.0 for needed in (3, 2, 1))
+    if not recipe.parallel.cpu_offload:
+        return weights, gradients, optimizer
+    return (0.0, 0.0, 0.0) if stage == 3 else (weights, gradients, 0.0)
 
 
 def format_plan(recipe: Recipe, plan: Plan, advice: list[str]) -> str:

@@ -289,19 +289,19 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelSettings:
-    """How the processes of `torchrun` or `accelerate launch` share the model; with one process nothing of this matters."""
+    """How the processes of `torchrun` or `accelerate launch` share the model."""
 
     name: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
     """ddp = the whole model in every process; fsdp = FSDP2, weights sharded by decoder layer; deepspeed = ZeRO, if installed."""
     reshard_after_forward: bool = True
     """fsdp: free a layer's weights between forward and backward; false = more memory, less traffic."""
     cpu_offload: bool = False
-    """fsdp, deepspeed: keep what is sharded in the memory of the host."""
+    """fsdp, deepspeed: keep what is sharded in the memory of the host; with zero_stage = 2 the gradients stay on the device."""
     zero_stage: int = 2
-    """deepspeed: 1 = optimizer sharded, 2 = gradients too."""
+    """deepspeed: 1 = optimizer sharded, 2 = gradients too, 3 = weights too."""
 
     def __post_init__(self) -> None:
-        _require(self.zero_stage in (1, 2), "parallel.zero_stage", self.zero_stage, "1 or 2")
+        _require(self.zero_stage in (1, 2, 3), "parallel.zero_stage", self.zero_stage, "1, 2 or 3")
         for name in {"ddp": ("reshard_after_forward", "cpu_offload", "zero_stage"), "fsdp": ("zero_stage",)}.get(self.name, ()):
             default = next(f.default for f in dataclasses.fields(self) if f.name == name)
             value = getattr(self, name)
@@ -321,10 +321,14 @@ class Recipe:
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
 
     def __post_init__(self) -> None:
-        is_sharded = self.parallel.name == "fsdp"
-        _require(not (is_sharded and self.method.freeze_embeddings), "method.freeze_embeddings", True, "false with parallel.name = 'fsdp'")
-        _require(not (is_sharded and self.method.name != "full"), "method.name", self.method.name, "'full' with parallel.name = 'fsdp'")
-        _require(not (is_sharded and self.run.probe_steps), "run.probe_steps", self.run.probe_steps, "0 with parallel.name = 'fsdp'")
+        is_fsdp = self.parallel.name == "fsdp"
+        _require(not (is_fsdp and self.method.freeze_embeddings), "method.freeze_embeddings", True, "false with parallel.name = 'fsdp'")
+        is_sharded = is_fsdp or self.parallel.zero_stage == 3
+        what = "parallel.name = 'fsdp'" if is_fsdp else "parallel.zero_stage = 3"
+        _require(not (is_sharded and self.method.name != "full"), "method.name", self.method.name, f"'full' with {what}")
+        _require(not (is_sharded and self.run.probe_steps), "run.probe_steps", self.run.probe_steps, f"0 with {what}")
+        is_compiled = self.parallel.zero_stage == 3 and self.model.compile  # DeepSpeed's hooks would be compiled anew for every weight
+        _require(not is_compiled, "model.compile", True, "false with parallel.zero_stage = 3")
         is_quantised = self.method.name == "qlora"
         _require(not (is_quantised and self.objective.distill), "objective.distill", self.objective.distill, "0 with method.name = 'qlora'")
 

@@ -186,6 +186,7 @@ def build_trainer(
             f"data.rows_per_step = {recipe.data.rows_per_step} must be a multiple of accumulation x processes = "
             f"{recipe.data.accumulation} x {arguments.world_size}"
         )
+    _check_shards(checkpoint, arguments.world_size)
     corruption = Corruption(
         examples=examples,
         objective=recipe.objective,
@@ -279,6 +280,13 @@ def _check_data(run_dir: Path, examples: Examples, *, is_resumed: bool) -> None:
 
 def _is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def _check_shards(checkpoint: Path | None, num_processes: int) -> None:
+    """DeepSpeed's shards of the optimizer belong to as many processes as wrote them."""
+    num_shards = 0 if checkpoint is None else len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
+    if num_shards not in (0, num_processes):
+        raise ConfigError(f"cannot resume {checkpoint}: DeepSpeed wrote it from {num_shards} process(es), this run has {num_processes}")
 
 
 def _checkpoint_step(checkpoint: Path | None) -> int:

@@ -138,8 +138,12 @@ class RefusionTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The weights of a checkpoint; sharded ones are written by accelerate beside the optimizer, in a form of their own."""
-        if not self.is_fsdp_enabled:
+        """The weights of a checkpoint; those of FSDP are written by accelerate beside the optimizer, in a form of their own."""
+        if self.is_deepspeed_enabled:
+            state = self.gathered_state_dict()
+            if self.args.should_save:
+                self._save(output_dir, state_dict=state)
+        elif not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
 
     def gathered_state_dict(self) -> dict[str, Any] | None:
@@ -148,7 +152,26 @@ class RefusionTrainer(Trainer):
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
             return get_model_state_dict(self.network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_deepspeed_enabled else None
+        if any(hasattr(parameter, "ds_id") for parameter in self.network.parameters()):  # ZeRO-3
+            return self._gathered_by_deepspeed()
+        return None
+
+    def _gathered_by_deepspeed(self) -> dict[str, Any]:
+        """One weight after the other, so that no process holds two of them in its accelerator's memory."""
+        from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]  (an extra)
+
+        state: dict[str, Any] = {}
+        for name, value in self.network.state_dict(keep_vars=True).items():
+            with GatheredParameters([value] if isinstance(value, nn.Parameter) else []):
+                if self.is_world_process_zero():
+                    state[name] = value.detach().to("cpu", copy=True)
+        return state
+
+    def compute_loss_context_manager(self) -> Any:
+        """DeepSpeed's autocast covers its engine alone; validation rows go past it."""
+        if self.is_deepspeed_enabled and self.args.hf_deepspeed_config.get_value("torch_autocast.enabled"):
+            return torch.autocast(self.args.device.type, dtype=torch.bfloat16)
+        return super().compute_loss_context_manager()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Both loss terms over the validation rows, corrupted in the same way each time; labels alone, no teacher."""
