@@ -97,7 +97,8 @@ def measure(args: argparse.Namespace, model: str, kind: str, scratch: str) -> No
     is_cuda = args.device.startswith("cuda")
     is_capped = is_cuda and model == "carrier" and kind != "bfloat16"
     if is_capped:
-        torch.cuda.set_per_process_memory_fraction(CAP_BYTES / torch.cuda.get_device_properties(args.device).total_memory, args.device)
+        device = torch.device("cuda", torch.device(args.device).index or 0)  # torch wants an index here
+        torch.cuda.set_per_process_memory_fraction(CAP_BYTES / torch.cuda.get_device_properties(device).total_memory, device)
     started = time.perf_counter()
     llm = loaded(args, model, kind)
     figures: dict[str, Figure] = {"load_seconds": time.perf_counter() - started} | memory(args.device, "load")

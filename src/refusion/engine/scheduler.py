@@ -253,17 +253,20 @@ class Scheduler:
         return most_rows(key.slots, key.width, key.slots.candidates() if self.batch_invariant else 0)
 
     def _decide(self) -> bool:
-        """The first undecided request goes where it would be decoded fastest, once a seat there is free. False if nobody went."""
-        if not self.undecided:
+        """The first undecided request goes where it would be decoded fastest, once a seat there is free. False if nobody went.
+
+        Asked before every forward while somebody waits, so what is cheap comes first.
+        """
+        if not self.undecided or sum(len(seats) for seats in self.lanes.values()) >= self.limits.num_seats:
             return False
         request = next(iter(self.undecided.values()))
-        load = min(self.num_open, self.limits.num_seats)
-        decoder = self.choose_decoder(request.new, load)
-        seats = self._lane(lane_key(request.new, decoder))
+        key = lane_key(request.new, self.choose_decoder(request.new, min(self.num_open, self.limits.num_seats)))
+        seats = self._lane(key)
         if seats.is_full or seats.next_waiting() is not None:
             return False
         del self.undecided[request.arrival]
-        self._enter_lane(request, decoder)
+        request.key = key
+        seats.wait(request)
         return True
 
     # ---- seats and pages ----
