@@ -1,4 +1,4 @@
-"""Draw docs/ablations-*.svg from the result file of ablations.py: accuracy (or agreement) against tokens per second, a plot per group.
+"""Draw docs/ablations-*.svg from the result file of ablations.py: accuracy (or agreement) against tokens per second, by group of arms.
 
 pip install 'refusion[plot]'
 python benchmarks/ablation_plots.py --input benchmarks/results/ablations-h200.json
@@ -30,6 +30,8 @@ def main() -> None:
     if not groups:
         raise DataError(f"{args.input} holds no arm with tokens per second")
     for group, runs in groups.items():
+        if len(runs) == 1:
+            continue  # nothing to compare
         path = args.output / f"ablations-{group}.svg"
         draw(group, runs, path)
         print(f"written {path}")
