@@ -94,7 +94,7 @@ def models_of(rows: list[dict[str, Any]], weights: dict[str, str], state: Path, 
 
 def tasks_of(chat_rows: int) -> list[comparison.Task]:
     """Tasks of the sizes that were asked, in their order."""
-    predictable = comparison.Task("predictable", list(make(HELD_OUT_SEED, NUM_HELD_OUT)), 0)
+    predictable = comparison.Task("predictable", [dict(row) for row in make(HELD_OUT_SEED, NUM_HELD_OUT)], 0)
     others = [comparison.Task(name, [{"family": name}] * size, 0) for name, size in SIZES.items()]
     return [predictable, *others, comparison.Task("chat", [{}] * chat_rows, 0)]
 
