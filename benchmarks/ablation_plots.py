@@ -1,4 +1,4 @@
-"""Draw docs/ablations-*.svg from the result file of ablations.py: accuracy (or agreement) against tokens per second, a plot per group.
+"""Draw docs/ablations-*.svg from the result file of ablations.py: accuracy (or agreement) against tokens per second, by group of arms.
 
 pip install 'refusion[plot]'
 python benchmarks/ablation_plots.py --input benchmarks/results/ablations-h200.json
@@ -16,6 +16,9 @@ from refusion.atomic import atomic_file
 from refusion.errors import DataError
 from refusion.evaluation.results import read_result
 
+MARKERS, NUM_COLOURS = "os^D", 10
+"""Where the colours begin again, another marker tells the arms apart."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the ablations.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -30,6 +33,8 @@ def main() -> None:
     if not groups:
         raise DataError(f"{args.input} holds no arm with tokens per second")
     for group, runs in groups.items():
+        if len(runs) == 1:
+            continue  # nothing to compare
         path = args.output / f"ablations-{group}.svg"
         draw(group, runs, path)
         print(f"written {path}")
@@ -48,11 +53,13 @@ def draw(group: str, runs: list[dict[str, Any]], path: Path) -> None:
         figure = Figure(figsize=(5 * len(names), 4.4), layout="constrained")
         panels = figure.subplots(1, len(names), squeeze=False)[0]
         for axes, name in zip(panels, names, strict=True):
-            for run in runs:
+            for number, run in enumerate(runs):
                 found, speed = run["figures"][name], run["figures"]["tokens_per_second"]
                 low, high = (100 * abs(found["value"] - found[side]) for side in ("low", "high"))
                 label = run["settings"]["label"] if axes is panels[0] else None  # one legend for both: labels beside points overlap
-                axes.errorbar([speed], [100 * found["value"]], yerr=[[low], [high]], fmt="o", capsize=2, label=label)
+                axes.errorbar(
+                    [speed], [100 * found["value"]], yerr=[[low], [high]], fmt=MARKERS[number // NUM_COLOURS], capsize=2, label=label
+                )
             axes.axvline(runs[0]["figures"]["autoregressive_tokens_per_second"], linestyle=":", color="grey")
             axes.set_xlabel("tokens/s at batch 1 (dotted: autoregressive)")
             axes.set_ylabel({"accuracy": "right answers, %", "chat_agreement": "agreement on chat, %"}[name])

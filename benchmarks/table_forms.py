@@ -65,6 +65,10 @@ def whole(figure: Any) -> str:
     return shown(figure, ",.0f")
 
 
+def gigabytes(figure: Any) -> str:
+    return shown(figure, ".1f", 1e-9)
+
+
 def percent(figure: Any) -> str:
     return shown(figure, ".1f", 100) + (" %" if value_of(figure) is not None else "")
 

@@ -4,8 +4,8 @@
     python benchmarks/tables.py --check
 
 A table stands between `<!-- table:KIND FILE FILE="a title" -->` and `<!-- /table -->`. FILE is a result file's name without `.json`;
-every run of it becomes a row (a column in side-by-side). Kinds: chat, tasks, families, cpu, forward, serving, fusion,
-training, parity, side-by-side, and those of `comparison_tables`: suite, suite-cost, comparison, comparison-cost,
+every run of it becomes a row (a column in side-by-side). Kinds: chat, tasks, families, cpu, forward, serving, masked-diffusion, quantized,
+fusion, training, parity, side-by-side, and those of `comparison_tables`: suite, suite-cost, comparison, comparison-cost,
 comparison-training, differences, ratios, ablations, published.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import comparison_tables
-from table_forms import Source, hundredth_percent, interval, lines_of, one, percent, plain, rows, three, two, whole
+from table_forms import Source, gigabytes, hundredth_percent, interval, lines_of, one, percent, plain, rows, three, times, two, whole
 
 from refusion.errors import DataError, RefusionError
 from refusion.evaluation.results import read_result
@@ -141,6 +141,26 @@ def serving(sources: Sequence[Source]) -> list[str]:
     return rows(head, [[line.title, *(form(line.figures.get(n)) for n, form in zip(names, forms, strict=True))] for line in chosen])
 
 
+def masked_diffusion(sources: Sequence[Source]) -> list[str]:
+    """Time of an answer of plain masked diffusion in the published set-up, and over the mean answer of the other decoders."""
+    head = ["", "s per answer", "GPU ms per forward", "over autoregressive", "over ReFusion"]
+    names = ["seconds_per_answer", "device_ms_per_forward", "over_autoregressive", "over_refusion"]
+    forms = [two, two, times, times]
+    chosen = [line for line in lines_of(sources) if names[0] in line.figures]
+    return rows(head, [[line.title, *(form(line.figures.get(n)) for n, form in zip(names, forms, strict=True))] for line in chosen])
+
+
+def quantized(sources: Sequence[Source]) -> list[str]:
+    """Weights of fewer bits: agreement with those of 16, right answers, speed one at a time, memory."""
+    head = ["", "agreement", "NLL", "right answers", "95 % interval", "chat: AR tokens/s", "chat: slots", "tasks: slots", "GB"]
+    names = ["argmax_agreement", "nll", "task_accuracy", "task_accuracy", "tokens_per_second_chat_autoregressive"]
+    names += ["tokens_per_second_chat_refusion", "tokens_per_second_tasks_refusion", "peak_bytes_decode"]
+    forms = [percent, three, percent, interval, whole, whole, whole, gigabytes]
+    return rows(
+        head, [[line.title, *(form(line.figures.get(n)) for n, form in zip(names, forms, strict=True))] for line in lines_of(sources)]
+    )
+
+
 def fusion(sources: Sequence[Source]) -> list[str]:
     head = ["", "answers", "same tokens", "forwards, two-pass", "forwards, fused", "saved"]
     names = ["num_answers", "same_tokens", "forwards_two_pass", "forwards_fused", "saved_share"]
@@ -162,13 +182,13 @@ def training(sources: Sequence[Source]) -> list[str]:
 
 def parity(sources: Sequence[Source]) -> list[str]:
     """Mean losses of packed and compiled against padded and eager training, and how far they are apart."""
-    head = ["", "steps", "term", "packed, compiled", "padded, eager", "apart", "apart, worst 50 steps"]
+    head = ["", "steps", "term", "packed, compiled", "padded, eager", "apart", "worst 50 steps", "worst 10 steps"]
     body = []
     for line in lines_of(sources):
         for term in ("loss", "loss_ar", "loss_mdm"):
             if f"{term}_off_mean" in line.figures:
                 values = (three(line.figures[f"{term}_packed"]), three(line.figures[f"{term}_padded"]))
-                apart = (hundredth_percent(line.figures[f"{term}_off_{what}"]) for what in ("mean", "worst_fifty_steps"))
+                apart = (hundredth_percent(line.figures[f"{term}_off_{what}"]) for what in ("mean", "worst_fifty_steps", "worst_ten_steps"))
                 body.append([line.title, whole(line.figures["steps"]), f"`{term}`", *values, *apart])
     return rows(head, body)
 
@@ -183,8 +203,8 @@ def side_by_side(sources: Sequence[Source]) -> list[str]:
 
 
 KINDS: dict[str, Callable[[Sequence[Source]], list[str]]] = {
-    "chat": chat, "tasks": tasks, "families": families, "cpu": cpu, "forward": forward, "serving": serving, "fusion": fusion,
-    "training": training, "parity": parity,
+    "chat": chat, "tasks": tasks, "families": families, "cpu": cpu, "forward": forward, "serving": serving,
+    "masked-diffusion": masked_diffusion, "quantized": quantized, "fusion": fusion, "training": training, "parity": parity,
     "side-by-side": side_by_side, **comparison_tables.KINDS,
 }  # fmt: skip
 

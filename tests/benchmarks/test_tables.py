@@ -54,7 +54,7 @@ def test_training_speed_stands_beside_its_plan_and_parity_term_by_term(tmp_path:
     assert tables("--results", tmp_path / "results", page).returncode == 0
     text = page.read_text()
     assert "| small flex | 312,346 | 26.1 % | 99.4 % | 0.209 | 0.224 | – | 43.6 |" in text
-    assert "| parity flex | 500 | `loss_mdm` | 3.250 | 3.251 | 0.03 % | 0.42 % |" in text
+    assert "| parity flex | 500 | `loss_mdm` | 3.250 | 3.251 | 0.03 % | 0.42 % | 0.60 % |" in text
     assert text.count("parity flex") == 3
 
 
@@ -90,6 +90,32 @@ def test_side_by_side_shows_four_digits_and_large_figures_whole(tmp_path: Path) 
     assert "| `tokens_per_second` | 310,564 | 10,000 |" in text
     assert "| `loss` | 0.1235 | 4 |" in text
     assert "| `steps` | 9999 | – |" in text
+
+
+def test_masked_diffusion_stands_by_the_time_of_an_answer(tmp_path: Path) -> None:
+    figures = {"seconds_per_answer": 9.79, "device_ms_per_forward": 19.12, "over_autoregressive": 11.8, "over_refusion": 24.41}
+    runs = [Run(label="chat: refusion", settings={}, figures={"tokens_per_second": 435.0})]
+    runs.append(Run(label="chat: masked diffusion", settings={}, figures=figures))
+    write_result(tmp_path / "results" / "carrier.json", Result(name="eight-billion", settings={}, runs=runs))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table:masked-diffusion carrier -->\n<!-- /table -->\n")
+    assert tables("--results", tmp_path / "results", page).returncode == 0
+    text = page.read_text()
+    assert "| chat: masked diffusion | 9.79 | 19.12 | 11.80× | 24.41× |" in text
+    assert "chat: refusion" not in text
+
+
+def test_quantized_weights_stand_with_agreement_right_answers_speed_and_memory(tmp_path: Path) -> None:
+    figures = {"argmax_agreement": 0.976, "nll": 0.5293, "task_accuracy": Interval(0.914, 0.869, 0.945), "peak_bytes_decode": 789931520}
+    speeds = {"chat_autoregressive": 1215.7, "chat_refusion": 1688.2, "tasks_refusion": 5208.9}
+    figures |= {f"tokens_per_second_{name}": value for name, value in speeds.items()}
+    write_result(
+        tmp_path / "results" / "q.json", Result(name="quantized", settings={}, runs=[Run(label="int8", settings={}, figures=figures)])
+    )
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table:quantized q -->\n<!-- /table -->\n")
+    assert tables("--results", tmp_path / "results", page).returncode == 0
+    assert "| int8 | 97.6 % | 0.529 | 91.4 % | 86.9–94.5 | 1,216 | 1,688 | 5,209 | 0.8 |" in page.read_text()
 
 
 def test_every_table_of_the_repository_is_current() -> None:
