@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What docs/engine.md and README.md say of the engine and the default model, measured on one GPU in stages of bounded time.
-#     bash benchmarks/engine_gpu.sh forward serving predictable slots batches bench carrier quality checks \
+#     bash benchmarks/engine_gpu.sh forward serving predictable slots profile batches bench carrier quality checks \
 #         quantized quantized_small                                   # any of these, in this order
 # A stage that runs out of its seconds (FORWARD_S and so on) writes what it has. Compiled kernels stay in $WORK/triton; `save` packs them for
 # the way home and `restore FILE` unpacks them on the next machine, which otherwise compiles for minutes: they fit as long as src/ is the same.
@@ -31,6 +31,10 @@ slots() { # the same one at a time with slots of half the length, whose forwards
     # shellcheck disable=SC2086
     limited serving-tasks-slots8 "${SLOTS_S:-90}" serving.py --device "$DEVICE" --kind tasks --data "$tasks" --requests 42 \
         --requests-per-concurrency 42 --warm-up 42 $short
+}
+
+profile() { # where the time of a slot forward goes, beside that of an autoregressive one
+    limited decode-profile "${PROFILE_S:-60}" decode_profile.py --device "$DEVICE" $chat
 }
 
 batches() { limited batches "${BATCHES_S:-120}" batches.py --device "$DEVICE" $chat --limit 64 --concurrency 64 --batch-invariant; }
@@ -78,7 +82,7 @@ if [ "$1" = restore ]; then
 else
     for stage in "$@"; do
         case $stage in
-            forward | serving | predictable | slots | batches | bench | carrier | quality | checks | quantized | quantized_small | save) "$stage" ;;
+            forward | serving | predictable | slots | profile | batches | bench | carrier | quality | checks | quantized | quantized_small | save) "$stage" ;;
             *) echo "unknown stage $stage" >&2; exit 2 ;;
         esac
     done

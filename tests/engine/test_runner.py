@@ -174,6 +174,26 @@ def test_forwards_are_launched_ahead_only_while_nothing_changes(new_engine: NewE
     assert is_idle(engine)
 
 
+def test_nothing_is_launched_behind_a_planned_end(new_engine: NewEngine, plain: Plain) -> None:
+    """A token that the first plan named is the EOS of a second run: what verifies it most likely ends the answer."""
+    eos_id, found = 999, []
+    for _ in range(2):
+        engine, answers = new_engine(runs_ahead=True), list[Answer]()
+        request = new_request([7, 8, 9], answers, eos_ids=(eos_id,), max_tokens=24)
+        engine.add(request)
+        engine.step()  # the plan is under way
+        engine.step()  # its report is read, and the forward that verifies was launched before
+        seats = engine.scheduler._lane(lane_key(request, "refusion"))
+        assert seats.demand is not None and engine._under_way is not None
+        eos_id = int(seats.reports[0, seats.demand.columns.plans + 3])
+        found.append(engine.scheduler.rows_ahead(engine._under_way[0]))
+        run(engine)
+        assert (answers[0].token_ids, answers[0].num_forwards) == plain(request)
+        assert is_idle(engine)
+    assert found[0] is not None
+    assert found[1] is None
+
+
 def test_prompt_rows_arrive_with_their_spans_and_tiles(new_engine: NewEngine) -> None:
     """Five tokens on seat 1 and forty on seat 2; the shape holds 64 rows and 4 seats."""
     runner = new_engine().runner

@@ -15,9 +15,10 @@ import numpy as np
 from refusion.decoding.diffusion_params import MaskedDiffusionParams
 from refusion.decoding.diffusion_report import CACHED, NEXT_ROWS
 from refusion.decoding.diffusion_rounds import DiffusionRounds
+from refusion.decoding.refusion_report import ReportColumns
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import IS_DONE
-from refusion.decoding.state import DONE
+from refusion.decoding.state import DONE, VERIFY
 from refusion.engine.commits import Demand, commits, fresh_agenda, num_committed
 from refusion.engine.experience import Experience
 from refusion.engine.lanes import Lane, LaneKey
@@ -53,6 +54,7 @@ class Seats:
         """Tokens one forward can commit for one request."""
         room = -(-key.max_tokens // self.most_committed) * self.most_committed
         self.demand = Demand(lane.rounds.columns, lane.rounds.slots) if isinstance(lane.rounds, RefusionRounds) else None
+        self._eos_ids = np.array(key.eos_ids, dtype=np.int32)
         self.requests: list[Request] = []
         self.waiting: list[tuple[int, Request]] = []  # a heap by arrival
         self.reports = np.zeros((num_seats, lane.rounds.report_width), dtype=np.int32)  # [B, R] of the last forward
@@ -212,8 +214,15 @@ class Seats:
         if self._is_short(2 * self.most_committed).any():  # by the forward under way, and by the next
             return None
         if self.demand is not None:
-            return max(self.demand.most_next(self.reports[:count], candidates), 1)
+            will_end = self._will_end(self.demand.columns, count)
+            return None if will_end else max(self.demand.most_next(self.reports[:count], candidates), 1)
         return num_rows if (self.most_cached[:count] > self.cached[:count] + 1).any() else None
+
+    def _will_end(self, columns: ReportColumns, count: int) -> bool:
+        """Every seat has a planned EOS among what the forward under way verifies: behind it one would most likely run for nobody."""
+        reports = self.reports[:count]
+        planned = reports[:, columns.plans : columns.plans + self.most_committed, None]
+        return bool(((reports[:, columns.agenda] == VERIFY) & (planned == self._eos_ids).any(axis=(1, 2))).all())
 
     def _can_repeat_masked(self, count: int) -> bool:
         """Without a cache, a forward of masked diffusion runs prompt and answer whatever the one before it brought."""
