@@ -98,9 +98,9 @@ def planned_slots(state: DecodeState, window: Tensor, slots: SlotSettings) -> tu
     plan_slots = torch.where(block_goes_on, window, following)
     is_planned = torch.where(block_goes_on, is_open, exists & (next_status == OPEN))
     phase = state.phase[:, None]
-    reaches_end = state.lengths.gather(1, window) + slots.most_masks >= slots.slot_size
+    reaches_end = state.lengths.gather(1, window) + slots.most_drafted(phase == INFILL) >= slots.slot_size
     can_end = (reaches_end | (status != CHOSEN)).all(dim=1, keepdim=True)
-    is_fused = ((phase == VERIFY) | ((phase == INFILL) & can_end)) if slots.fuse_plan else torch.zeros_like(phase, dtype=torch.bool)
+    is_fused = ((phase == VERIFY) | (phase == INFILL)) & can_end & slots.fuse_plan
     return plan_slots.clamp(max=state.status.shape[1] - 1), is_planned & ((phase == PLAN) | is_fused)
 
 
@@ -123,6 +123,8 @@ class _Cells:
         self.most_masks = slots.most_masks
         self.device = drafts.device
         self.phase = state.phase[:, None, None]  # [B, 1, 1]
+        self.is_judging = (self.phase == VERIFY) | (self.phase == INFILL)
+        self.most_drafted = slots.most_drafted(self.phase == INFILL)  # [B, 1, 1]
         self.prompt_lengths = state.prompt_lengths[:, None, None]
         self.place = torch.arange(slots.slot_size, device=drafts.device)  # [K]
         self.slot = torch.arange(self.width, device=drafts.device)[:, None]  # [W, 1]
@@ -139,12 +141,11 @@ class _Cells:
         is_chain = self.phase == VERIFY
         in_slot = self.is_chosen[:, :, None].expand_as(self.token_ids)
         stands = self.verified[:, :, None]
-        is_drafted = (self.phase == INFILL) & (self.place < stands + self.most_masks)  # behind those there are only masks
-        is_needed = in_slot & (is_chain | is_drafted | ((self.phase == REMASK) & (self.place < stands)))
+        is_drafted = self.is_judging & (self.place < stands + self.most_drafted)  # behind those there are only masks
+        is_needed = in_slot & (is_drafted | ((self.phase == REMASK) & (self.place < stands)))
         chain_rank = in_slot.flatten(1).cumsum(dim=1).view_as(self.token_ids) - 1
         following = torch.cat((self.token_ids[:, :, 1:], self.token_ids[:, :, :1]), dim=2)
-        is_judging = is_chain | (self.phase == INFILL)
-        is_judge = (self.place < self.slot_size - 1) & is_judging
+        is_judge = (self.place < self.slot_size - 1) & self.is_judging
         # In a remask forward the last token that stands may be an alternative that was not tried ahead: its row names the next one.
         is_last = (self.phase == REMASK) & (self.place == self.verified[:, :, None] - 1)
         return self._grid(
@@ -152,8 +153,8 @@ class _Cells:
             self.positions,
             segment=torch.where(is_chain, 0, self.slot.expand(-1, self.slot_size)),
             rank=torch.where(is_chain, chain_rank, self.place),
-            is_trunk=(is_chain | (self.phase == INFILL)).expand_as(self.token_ids),
-            is_read=(is_judging | is_last).expand_as(self.token_ids),
+            is_trunk=self.is_judging.expand_as(self.token_ids),
+            is_read=(self.is_judging | is_last).expand_as(self.token_ids),
             given_ids=torch.where(is_judge, following, 0),
             is_needed=is_needed,
         )
@@ -187,7 +188,7 @@ class _Cells:
         candidate = torch.arange(self.num_candidates + 1, device=self.device)
         length = self.verified[:, :, None] + candidate  # [B, W, C + 1]
         phase = self.phase[..., None]
-        can_be_accepted = (phase == VERIFY) | ((phase == INFILL) & (candidate[:, None] <= self.most_masks))
+        can_be_accepted = self.is_judging[..., None] & (candidate[:, None] <= self.most_drafted[..., None])
         is_wanted = torch.where(candidate[:, None] == 0, phase == REMASK, can_be_accepted)
         is_needed = self.is_unfinished[:, :, None, None] & is_wanted & self._in_group(length[..., None], self.most_masks)
         base = 2 * self.width + 1
@@ -211,8 +212,7 @@ class _Cells:
         at = length.clamp(max=self.slot_size - 1)[..., None].expand(-1, -1, -1, num_alternatives)
         tried = runner_ups.gather(2, at)[..., None].clamp(min=0)  # [B, W, A, R, 1]; -1 where nothing was drafted
         length = length[..., None, None]
-        is_judging = (self.phase == VERIFY) | (self.phase == INFILL)
-        is_wanted = (self.is_unfinished[:, :, None, None, None] & is_judging[..., None, None]) & (length < self.slot_size - 1)
+        is_wanted = (self.is_unfinished[:, :, None, None, None] & self.is_judging[..., None, None]) & (length < self.slot_size - 1)
         number = torch.arange(self.width * num_tried * num_alternatives, device=self.device).view(shape[1:4])
         return self._grid(
             torch.where(self.place == length, tried, self.mask_id).expand(shape),

@@ -149,6 +149,13 @@ class SlotSettings:
         """Rows of an infill group at most."""
         return min(self.infill_length or self.slot_size, self.slot_size)
 
+    def most_drafted(self, is_infill: Any) -> Any:
+        """Tokens drafted behind those that stand, at most: a plan drafts whole slots, an infill as many as a group has masks.
+
+        is_infill: whether the forward is one, a bool or an array or tensor of them; the result is of the same kind, in integers.
+        """
+        return self.slot_size - (self.slot_size - self.most_masks) * is_infill
+
     @property
     def names_first(self) -> bool:
         """Whether the last row of the prompt names the first token of the answer, as the last row of a slot names that of the next."""

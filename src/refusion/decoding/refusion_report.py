@@ -71,7 +71,7 @@ def rows_needed(agenda: np.ndarray, slots: SlotSettings, num_candidates: int) ->
     is_chosen = verified >= 0
     num_chosen = is_chosen.sum(axis=1)
     left = np.where(is_chosen, slot_size - verified, 0)  # [B, W] masks up to the end of the slot
-    drafted = np.where(phase == INFILL, slots.most_masks, slot_size)[:, None]  # behind what stands, at most
+    drafted = slots.most_drafted(phase == INFILL)[:, None]
     drafts = np.where(is_chosen, np.minimum(verified + drafted, slot_size), 0).sum(axis=1)
     groups = group_rows(left, slots, num_candidates, drafted).sum(axis=1)
     solo = np.maximum(num_chosen - 1, 0) * min(num_candidates, slot_size)

@@ -117,7 +117,7 @@ class Demand:
 
     def _next_bounds(self, candidates: int) -> np.ndarray:
         """By phase, verified tokens and whether a slot is planned, as `_table`: the most rows of what can follow."""
-        size, most = self.slot_size, self.slots.most_masks
+        size, most = self.slot_size, self.slots.most_drafted(True)
         rows = self._table(candidates).reshape(NUM_PHASES, size + 2, 2)
         judged = [rows[INFILL, verified + 1, int(self.slots.fuse_plan and verified + most >= size)] for verified in range(size + 1)]
         masked = [rows[REMASK, verified + 1, 0] for verified in range(size + 1)]
@@ -136,7 +136,8 @@ class Demand:
         rows = np.zeros((NUM_PHASES, size + 2, 2), dtype=np.int64)
         for verified in range(size + 1):
             left = size - verified
-            for phase, drafted in ((VERIFY, size), (INFILL, most)):
+            for phase in (VERIFY, INFILL):
+                drafted = self.slots.most_drafted(phase == INFILL)
                 groups = int(group_rows(np.array(left), self.slots, candidates, drafted))
                 rows[phase, verified + 1] = min(verified + drafted, size) + groups
             rows[REMASK, verified + 1] = verified + min(left, most)

@@ -108,7 +108,7 @@ class Experience:
             visits[length + 1 : length + 1 + len(onward)] += visits[length] * onward
         visits = visits[:size] / visits[:size].sum()
         length = np.arange(size)
-        drafted = np.where(length == 0, size, self.slots.most_masks)  # a plan drafts the whole slot, an infill less
+        drafted = self.slots.most_drafted(length > 0)
         groups = np.stack([group_rows(size - length, self.slots, candidates, drafted) for candidates in self.ladder])  # [C, K]
         return ((groups + np.minimum(length + drafted, size)) * visits).sum(axis=1) + self.width * size
 

@@ -48,5 +48,5 @@ def _passes(turn: Turn) -> Tensor:
     probability, is_argmax = turn.judging(turn.readout.given_probability), turn.judging(turn.readout.given_is_argmax)
     accept_argmax = turn.slots.acceptance == "argmax"
     passes = passing(probability, is_argmax, turn.num_verified, threshold=turn.slots.token_threshold, accept_argmax=accept_argmax)
-    is_drafted = (turn.phase != INFILL)[:, None, None] | (turn.place < turn.num_verified[:, :, None] + turn.slots.most_masks)
-    return passes & is_drafted
+    most_drafted = turn.slots.most_drafted(turn.phase == INFILL)[:, None, None]
+    return passes & (turn.place < turn.num_verified[:, :, None] + most_drafted)
