@@ -9,10 +9,11 @@ import torch
 from flat import Request, ScriptedRows, Server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted import Row, certain, hashed_language
+from scripted import Row, ScriptedForward, certain, hashed_language
 from sliding_reference import SlidingReference
 
-from refusion.decoding.params import SlotParams, SlotSettings
+from refusion.decoding.params import SamplingParams, SlotParams, SlotSettings
+from refusion.decoding.sliding import SlidingTrace, decode_sliding
 from refusion.decoding.sliding_report import most_rows
 from refusion.decoding.sliding_rounds import SlidingRounds
 from refusion.errors import ConfigError
@@ -71,6 +72,11 @@ def reference(script: Any, request: Request, slots: SlotSettings, **drawing: Any
     ).run()
 
 
+def plain(script: Any, request: Request, slots: SlotSettings, **drawing: Any) -> SlidingTrace:
+    sampling = SamplingParams(max_tokens=request.max_tokens, seed=request.seed, **drawing)
+    return decode_sliding(ScriptedForward(script, [MASK]), request.prompt, slots, sampling, mask_id=MASK, eos_ids=[EOS])
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(sliding_settings(), requests(), DRAWING, LANGUAGE, st.integers(1, 3))
 def test_requests_that_come_and_go_get_the_tokens_and_forwards_of_the_reference(
@@ -81,6 +87,7 @@ def test_requests_that_come_and_go_get_the_tokens_and_forwards_of_the_reference(
     for request in asked:
         expected = reference(script, request, slots, **drawing)
         assert (request.text([EOS]), len(request.reports)) == (expected.token_ids, expected.num_forwards)
+        assert plain(script, request, slots, **drawing) == SlidingTrace(expected.token_ids, expected.num_forwards)
         assert all(report.num_rows <= most_rows(slots) for report in request.reports)
 
 

@@ -121,6 +121,11 @@ class RefusionRounds:
         agendas = report[:, first : first + AGENDA + 2 * self.width]
         return rows_needed(agendas, self.slots, self._candidates(candidates))
 
+    def first_draw(self, num_seats: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[B] seed, position and attempt that the first token of every seat is drawn with."""
+        state = self.state(num_seats)
+        return state.seeds, state.prompt_lengths - 1, state.num_drafts + 1
+
     def read(self, report_row: np.ndarray) -> SeatReport:
         return seat_report(report_row, self.columns)
 

@@ -11,8 +11,9 @@ from refusion.decoding.rounds import IS_DONE, NUM_COMMON, NUM_FORWARDS, NUM_ROWS
 # B = seats, K = tokens per slot, R = report columns
 
 CACHED, NUM_KNOWN, NUM_DRAFTED, IS_WHOLE, HAS_END, PLACE, TOKENS = range(NUM_COMMON, NUM_COMMON + 7)
-"""Columns of a report behind the common ones: tokens in the cache now; of the next forward the tokens it knows, those it judges, whether it
-plans a whole slot, and whether an EOS is among what it judges; then the place of the first final token and all of them, [K + 1], -1: none."""
+"""Columns of a report behind the common ones: tokens in the cache now; of the next forward the tokens it knows, those it judges, whether
+it plans a whole slot, and whether an EOS is among what it judges; then the place of the first final token and all of them, [K + 1], -1 for
+none."""
 
 
 def report_width(slot_size: int) -> int:
@@ -26,6 +27,15 @@ def rows_needed(num_known: np.ndarray, num_drafted: np.ndarray, is_whole: np.nda
     tried = np.minimum(num_drafted, num_tried(slots))
     plan = np.where(is_whole != 0, slots.slot_size, slots.most_masks)
     return num_known + num_drafted + lengths * slots.most_masks + plan + tried * slots.alternatives * (1 + slots.most_masks)
+
+
+def most_next(num_drafted: np.ndarray, is_whole: np.ndarray, slots: SlotSettings) -> np.ndarray:
+    """[B] rows at most of the forward after one of so many drafts and such a plan, whatever that brings."""
+    planned = np.where(is_whole != 0, slots.slot_size, slots.most_masks) - 1  # drafts of its plan, should all pass
+    one = np.ones_like(num_drafted)
+    passed = rows_needed(one, planned, one, slots)
+    failed = rows_needed(2 * one, np.full_like(num_drafted, slots.most_masks - 1), 0 * one, slots)
+    return np.maximum(passed, np.where(num_drafted > 0, failed, 0))
 
 
 def num_tried(slots: SlotSettings) -> int:

@@ -83,6 +83,11 @@ class SlidingRounds:
     def num_rows(self, report: np.ndarray, candidates: int) -> np.ndarray:
         return rows_needed(report[:, NUM_KNOWN], report[:, NUM_DRAFTED], report[:, IS_WHOLE], self.slots)
 
+    def first_draw(self, num_seats: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[B] seed, position and attempt that the first token of every seat is drawn with."""
+        column = self.table.column
+        return column("seed", num_seats), column("prompt_length", num_seats) - 1, column("num_written", num_seats) + 1
+
     def read(self, report_row: np.ndarray) -> SeatReport:
         return seat_report(report_row)
 
