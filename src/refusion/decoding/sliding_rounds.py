@@ -134,7 +134,7 @@ class SlidingRounds:
         known, drafted, whole = (column(name, num_seats)[:, None] for name in ("num_known", "num_drafted", "is_whole"))
         active = column("is_done", num_seats)[:, None] == 0
         chain = self.table.group("chain", num_seats)  # [B, N]
-        runner_ups = self.table.group("runner_ups", num_seats).unflatten(1, (self.num_kept, -1))  # [B, N, R]
+        runner_ups = self.table.group("runner_ups", num_seats).view(num_seats, self.num_kept, -1)  # [B, N, R]
         written = column("num_written", num_seats)[:, None]
         begins = written - known  # place of the chain's first token in the answer
         size, masks, lengths, tried, ups = self.slot_size, self.slots.most_masks, self.num_lengths, self.num_tried, self.slots.alternatives
@@ -188,7 +188,7 @@ class SlidingRounds:
         known, drafted, whole = (column(name, num_seats).clone() for name in ("num_known", "num_drafted", "is_whole"))
         written, active = column("num_written", num_seats).clone(), column("is_done", num_seats) == 0
         chain = group("chain", num_seats).clone()  # [B, N]
-        runner_ups = group("runner_ups", num_seats).unflatten(1, (self.num_kept, -1)).clone()  # [B, N, R]
+        runner_ups = group("runner_ups", num_seats).view(num_seats, self.num_kept, -1).clone()  # [B, N, R]
         first = spans.row_start.long() - self._start  # [B]
         last = len(readout.token_ids) - 1
         masks, ups, place = self.slots.most_masks, self.slots.alternatives, torch.arange(self.num_kept, device=device)

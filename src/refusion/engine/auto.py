@@ -11,10 +11,9 @@ from typing import NamedTuple
 from refusion.decoding.params import SlotSettings
 from refusion.engine.candidates import Candidates
 from refusion.engine.costs import CostTable
-from refusion.engine.experience import Experience
 from refusion.engine.requests import NewRequest, lane_key
 from refusion.engine.shapes import seat_bucket
-from refusion.engine.sliding import SlidingExperience, seat_rows
+from refusion.engine.sliding import AnyExperience, seat_rows
 
 MARGIN = 1.03
 """The decoder in use is kept while the other is no faster than this: requests of two decoders cannot share forwards."""
@@ -68,7 +67,7 @@ class Auto:
 class _Speeds(NamedTuple):
     """What was reckoned from `experience` when it had this version."""
 
-    experience: Experience | SlidingExperience
+    experience: AnyExperience
     version: int
     by_slots: float
     one_by_one: float

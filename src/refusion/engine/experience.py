@@ -4,6 +4,8 @@ Preparing fewer lengths changes no token; it only puts remask forwards between t
 and what any number of lengths would have brought and taken follows, whatever number was used.
 """
 
+from typing import Any
+
 import numpy as np
 
 from refusion.decoding.params import SlotSettings
@@ -69,8 +71,12 @@ class Experience:
         """[C] the same of decode rows."""
         return (self.rows + self.uncovered * self.remask_rows) / (1.0 + self.uncovered)
 
-    def learn(self, demand: Demand, before: np.ndarray, report: np.ndarray, took_part: np.ndarray, num_tokens: int) -> None:
-        """Take in one forward: its report [B, R], those before it, who took part [B], and how many tokens became final."""
+    def learn(self, demand: Any, before: np.ndarray, report: np.ndarray, took_part: np.ndarray, num_tokens: int) -> None:
+        """Take in one forward: its report [B, R], those before it, who took part [B], and how many tokens became final.
+
+        demand: the `Demand` of its rounds.
+        """
+        assert isinstance(demand, Demand), "other slots have an experience of their own"
         is_remask = took_part & (before[:, demand.columns.agenda] == REMASK)
         others = took_part & ~is_remask
         num_others, num_remask = int(others.sum()), int(is_remask.sum())

@@ -18,11 +18,10 @@ from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.rounds import IS_DONE
 from refusion.decoding.sliding_rounds import SlidingRounds
 from refusion.engine.commits import commits, num_committed
-from refusion.engine.experience import Experience
 from refusion.engine.lanes import Lane, LaneKey
 from refusion.engine.requests import GAP, Request, Saved, State, cache_room, diffusion_rows, first_room
 from refusion.engine.runner import Runner
-from refusion.engine.sliding import demand_of
+from refusion.engine.sliding import AnyExperience, demand_of
 
 # B = seats, R = report columns, N = answer tokens
 
@@ -45,7 +44,7 @@ class Glance:
 class Seats:
     """Requests of one lane: those on seats and those that wait for one."""
 
-    def __init__(self, key: LaneKey, lane: Lane, num_seats: int, experience: Experience | None) -> None:
+    def __init__(self, key: LaneKey, lane: Lane, num_seats: int, experience: AnyExperience | None) -> None:
         """num_seats: most requests that may run together. experience: of slot lanes."""
         self.key, self.lane, self.num_seats, self.experience = key, lane, num_seats, experience
         self.most_committed = key.width if key.slots is None else key.width * key.slots.slot_size + key.slots.sliding
@@ -265,9 +264,10 @@ class Seats:
 
     def learn(self, glance: Glance) -> None:
         """Remember what slots took and brought; of many requests a part of the forwards says enough."""
-        if self.experience is None or self.demand is None:
+        if self.experience is None:
             return
         if len(glance.requests) <= 8 or self.num_forwards % 4 == 0:
+            assert self.demand is not None, "slots have both"
             self.experience.learn(self.demand, glance.before, glance.report, glance.took_part, glance.num_tokens)
 
     def leave(self, request: Request) -> list[int]:

@@ -14,7 +14,7 @@ from refusion.decoding.rounds import IS_DONE
 from refusion.decoding.sliding_report import HAS_END, IS_WHOLE, NUM_DRAFTED, NUM_KNOWN, most_next, most_rows, rows_needed
 from refusion.decoding.sliding_rounds import SlidingRounds
 from refusion.engine.commits import Demand
-from refusion.engine.experience import FIRST_WEIGHT, LAST_WEIGHT, TOKENS_PER_FORWARD
+from refusion.engine.experience import FIRST_WEIGHT, LAST_WEIGHT, TOKENS_PER_FORWARD, Experience
 
 # B = seats, R = report columns
 
@@ -63,7 +63,7 @@ class SlidingExperience:
     def rows_per_forward(self) -> np.ndarray:
         return self.rows
 
-    def learn(self, demand: SlidingDemand, before: np.ndarray, report: np.ndarray, took_part: np.ndarray, num_tokens: int) -> None:
+    def learn(self, demand: Demand | SlidingDemand, before: np.ndarray, report: np.ndarray, took_part: np.ndarray, num_tokens: int) -> None:
         """Take in one forward: its report [B, R], those before it, who took part [B], and how many tokens became final."""
         count = int(took_part.sum())
         if count == 0:
@@ -76,6 +76,9 @@ class SlidingExperience:
         self._seen += count
         if self._seen >= self._next:
             self.version, self._next = self.version + 1, 2 * self._next
+
+
+AnyExperience = Experience | SlidingExperience
 
 
 def demand_of(rounds: RefusionRounds | SlidingRounds | AutoregressiveRounds | DiffusionRounds) -> Demand | SlidingDemand | None:
