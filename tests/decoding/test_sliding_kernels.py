@@ -5,6 +5,8 @@ In Triton's interpreter without a GPU (TRITON_INTERPRET=1), compiled with one.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,21 @@ def test_a_forward_without_room_is_the_same_on_both_sides(num_rows: int) -> None
         for side in sides:
             side.settle(readout, 3, 0)
         check_equal(*sides)
+
+
+def test_runner_ups_may_be_columns_of_a_wider_tensor() -> None:
+    """As `refusion.model.ops.next_best` returns them."""
+    sides = both_sides(SlotSettings(slot_size=8, alternatives=2, sliding=True), 2)
+    readout = random_readout(30, np.random.default_rng(4), 0.5, 0.0, 2)
+    wide = torch.cat((readout.token_ids[:, None], readout.runner_ups), dim=1)
+    for side in sides:
+        for seat in range(2):
+            side.rounds.admit(seat, prompt_length=3, seed=0, max_tokens=9)
+        side.lay_out(30, 0, 2, 0)
+        side.settle(replace(readout, runner_ups=wide[:, 1:]), 2, 0)
+    check_equal(*sides)
+    first_draft = sides[1].rounds.table.group("runner_ups", 2).view(2, -1, 2)[:, 1]  # of the mask behind the first of each seat
+    assert torch.equal(first_draft, readout.runner_ups[[1, 9]])
 
 
 def test_a_seat_without_a_first_token_does_not_end() -> None:

@@ -104,6 +104,7 @@ def settle(rounds: SlidingRounds, readout: Readout, spans: Spans, *, start: int,
         readout.given_probability,
         readout.given_is_argmax.view(torch.uint8),
         readout.runner_ups,
+        readout.runner_ups.stride(0),
         rounds.first_ids,
         rounds.eos_ids,
         spans.cached,
@@ -216,7 +217,7 @@ def _lay_out(
             put_alternatives(rows, row, forward, text, line + CHAIN + K + 1, mask_id, M, C, R, ALTERNATIVES_PADDED)
 
 
-@triton.jit(do_not_specialize=["num_rows", "start"])
+@triton.jit(do_not_specialize=["runner_ups_stride", "num_rows", "start"])
 def _settle(
     table,
     line_stride,
@@ -224,6 +225,7 @@ def _settle(
     given_probability,
     given_is_argmax,
     drawn_runner_ups,
+    runner_ups_stride,
     first_ids,
     eos_ids,
     cached,
@@ -270,7 +272,7 @@ def _settle(
 
     stands = passing_prefix(forward, drawn, begin, place, token_threshold, N, ACCEPTS_ARGMAX)
     verdict = reach_verdict(forward, drawn, begin, stands, first_id, runner_ups, eos_ids, K, M, R, A, R_PADDED, NUM_EOS)
-    after = draft_next(forward, verdict, drawn, begin, place, eos_ids, M, C, R, R_PADDED, N_PADDED, NUM_EOS)
+    after = draft_next(forward, verdict, drawn, begin, place, runner_ups_stride, eos_ids, M, C, R, R_PADDED, N_PADDED, NUM_EOS)
     final, num_final, is_ended = write_final(forward, verdict, chain, max_tokens - written, place, eos_ids, N, N_PADDED, NUM_EOS)
     is_done = (~is_active | is_ended | (written + num_final >= max_tokens)).to(tl.int32)
     kept = tl.where(is_active, tl.minimum(stands, forward.known + num_final), 0)  # so many rows of the chain join the cache

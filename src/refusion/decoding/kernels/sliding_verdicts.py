@@ -106,7 +106,7 @@ def find_drafts(forward, verdict, begin, M: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def draft_next(
-    forward, verdict, drawn, begin, place, eos_ids,
+    forward, verdict, drawn, begin, place, runner_ups_stride, eos_ids,
     M: tl.constexpr, C: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, N_PADDED: tl.constexpr, NUM_EOS: tl.constexpr,
 ):  # fmt: skip
     """The `Next` chain: what is known, and drafts from the masks behind it but the first, whose place the last known token has."""
@@ -122,7 +122,7 @@ def draft_next(
     if R > 0:
         which = tl.arange(0, R_PADDED)[None, :]
         is_ranked = is_draft[:, None] & (which < R)
-        runner_ups = tl.load(drawn.runner_ups + row[:, None] * R + which, mask=is_ranked, other=-1).to(tl.int32)
+        runner_ups = tl.load(drawn.runner_ups + row[:, None] * runner_ups_stride + which, mask=is_ranked, other=-1).to(tl.int32)
     return Next(known, drafted, chain, runner_ups, has_end)
 
 
