@@ -8,6 +8,8 @@ names. The next drafts come from the masks behind that length, or the plan, or t
 mask stands the named token. With `use_kernels`, `refusion.decoding.kernels.sliding` does the same in one launch each way.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,6 +29,66 @@ from refusion.model.segments import NO_PARENT, TRUNK
 
 CHAIN = 0
 """Segment of the chain; the groups of masks have 1, 2, ... in the order of their rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """The seats as a forward found them. All [B] unless said otherwise."""
+
+    known: Tensor
+    drafted: Tensor
+    planned: Tensor  # masks of the plan
+    written: Tensor
+    max_tokens: Tensor
+    is_active: Tensor
+    chain: Tensor  # [B, N]
+    runner_ups: Tensor  # [B, N, R]
+    first: Tensor  # decode row of the forward
+    first_ids: Tensor
+    num_rows: int
+
+    @classmethod
+    def of(cls, rounds: "SlidingRounds", first: Tensor, num_rows: int) -> "_Before":
+        """Copies, since the table is about to change. first: [B] decode row of each seat."""
+        num_seats = len(first)
+        known, drafted, whole, written, max_tokens, is_done = (
+            rounds.table.column(name, num_seats).clone()
+            for name in ("num_known", "num_drafted", "is_whole", "num_written", "max_tokens", "is_done")
+        )
+        planned = torch.where(whole != 0, rounds.slot_size, rounds.slots.most_masks)
+        chain, runner_ups = (rounds.table.group(name, num_seats).clone() for name in ("chain", "runner_ups"))
+        runner_ups, first_ids = runner_ups.view(num_seats, rounds.num_kept, -1), rounds.first_ids[:num_seats].long()
+        return cls(known, drafted, planned, written, max_tokens, is_done == 0, chain, runner_ups, first, first_ids, num_rows)
+
+    def read(self, values: Tensor, row: Tensor) -> Tensor:
+        """What rows of the readout say; rows that did not fit say anything."""
+        return values[row.clamp(0, self.num_rows - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What a forward decided. All [B]."""
+
+    stands: Tensor  # tokens of the chain
+    named: Tensor  # token that stands behind them
+    second: Tensor  # and behind that, where `is_hit`
+    is_all: Tensor  # every draft passed
+    is_hit: Tensor  # the named token is a runner-up that was tried
+    has_group: Tensor  # masks were made behind the accepted length
+    plan: Tensor  # first row of the plan
+    group: Tensor  # of the masks behind the accepted length
+    runner_up: Tensor  # of the runner-up
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """What the next forward runs."""
+
+    chain: Tensor  # [B, N]
+    runner_ups: Tensor  # [B, N, R]
+    known: Tensor  # [B]
+    drafted: Tensor  # [B]
+    is_draft: Tensor  # [B, N]
 
 
 class SlidingRounds:
@@ -55,6 +117,7 @@ class SlidingRounds:
         buffers = RowBuffers(num_seats, self.num_kept, self.report_width, max_rows or 64 + num_seats * most_rows(slots) * 3 // 2, device)
         self.given_ids, self.seeds, self.attempts = buffers.given_ids, buffers.seeds, buffers.attempts
         self.source, self.target, self.report = buffers.source, buffers.target, buffers.report
+        self._place = torch.arange(self.num_kept, device=device)  # [N] of the chain
         self.first_ids = torch.full((num_seats,), -1, dtype=torch.int32, device=device)
         """[B] for `settle`: what the last row of a prompt that this forward ran to its end says, -1 where it ran none."""
 
@@ -184,99 +247,94 @@ class SlidingRounds:
 
             settle(self, readout, spans, start=self._start, num_seats=num_seats)
             return
-        column, group, device = self.table.column, self.table.group, self.table.device
-        known, drafted, whole = (column(name, num_seats).clone() for name in ("num_known", "num_drafted", "is_whole"))
-        written, active = column("num_written", num_seats).clone(), column("is_done", num_seats) == 0
-        chain = group("chain", num_seats).clone()  # [B, N]
-        runner_ups = group("runner_ups", num_seats).view(num_seats, self.num_kept, -1).clone()  # [B, N, R]
-        first = spans.row_start.long() - self._start  # [B]
-        last = len(readout.token_ids) - 1
-        masks, ups, place = self.slots.most_masks, self.slots.alternatives, torch.arange(self.num_kept, device=device)
-
-        def read(values: Tensor, row: Tensor) -> Tensor:
-            return values[row.clamp(0, last)]
-
-        # What passes, and what stands behind it.
-        judge = first[:, None] + place - 1
-        passes = read(readout.given_probability, judge) > self.slots.token_threshold
-        if self.slots.acceptance == "argmax":
-            passes |= read(readout.given_is_argmax, judge)
-        passes = (passes & (place >= known[:, None]) & (place < (known + drafted)[:, None])) | (place < known[:, None])
-        stands = passes.long().cumprod(dim=1).sum(dim=1)  # [B] tokens of the chain
-        named = torch.where(stands > 0, read(readout.token_ids, first + stands - 1), self.first_ids[:num_seats].long())
-        is_all = stands == known + drafted
-        length = stands - known + 1  # of the accepted drafts and the named token
-        has_group = ~is_all & (length <= self.num_lengths)
-        groups = first + known + drafted
-        plan = groups + torch.minimum(drafted, torch.tensor(self.num_lengths)) * masks
-        planned = torch.where(whole != 0, self.slot_size, masks)
-        alternatives = plan + planned
-        hit, is_hit = torch.zeros_like(known), torch.zeros_like(active)
-        if self.num_tried:
-            tried = runner_ups.gather(1, stands.clamp(max=self.num_kept - 1)[:, None, None].expand(-1, 1, ups))[:, 0]  # [B, R]
-            matches = tried == named[:, None]
-            is_hit = ~is_all & (length <= self.num_tried) & matches.any(dim=1) & (named[:, None] != self.eos_ids).all(dim=1)
-            hit = matches.long().argmax(dim=1)
-        behind = alternatives + ((length - 1) * ups + hit) * (1 + masks)  # the runner-up's row
-        second = read(readout.token_ids, behind)
-
-        # The next chain: what is known, and drafts from the masks behind it but the first, whose place the last known token has.
-        source = torch.where(is_all, plan, torch.where(is_hit, behind + 1, groups + (length - 1) * masks))
-        count = torch.where(is_all, planned, torch.where(is_hit | has_group, masks, 1)) - 1
-        next_known = 1 + is_hit.long()
-        at = place - next_known[:, None]  # of the draft
-        is_draft = (at >= 0) & (at < count[:, None])
-        row = source[:, None] + at + 1
-        next_chain = torch.where(is_draft, read(readout.token_ids, row), 0)
-        next_chain[:, 0] = named
-        next_chain[:, 1] = torch.where(is_hit, second, next_chain[:, 1])
-        next_ups = torch.full_like(runner_ups, -1)
-        if ups:
-            next_ups = torch.where(is_draft[..., None], read(readout.runner_ups, row), -1)
-
-        # What is final now: the accepted drafts and what is known, through the first EOS and no more than was asked for.
-        index = place[None, :]
-        accepted = stands - known
-        final = torch.where(
-            index < accepted[:, None],
-            chain.gather(1, (known[:, None] + index).clamp(max=self.num_kept - 1)),
-            torch.where(index == accepted[:, None], named[:, None], second[:, None]),
-        )
-        num_final = torch.minimum(accepted + next_known, column("max_tokens", num_seats) - written)
-        ends = (final[..., None] == self.eos_ids).any(dim=2) & (index < num_final[:, None])
-        is_ended = ends.any(dim=1)
-        num_final = torch.where(is_ended, ends.long().argmax(dim=1) + 1, num_final)
-        is_done = ~active | is_ended | (written + num_final >= column("max_tokens", num_seats))
-        kept = torch.where(active, torch.minimum(stands, known + num_final), 0)
-        self._keep(kept, first, spans, num_seats)
-
-        num_written, num_forwards = written + num_final, column("num_forwards", num_seats) + 1
+        before = _Before.of(self, spans.row_start.long() - self._start, len(readout.token_ids))
+        verdict = self._judge(before, readout)
+        following = self._next_chain(before, verdict, readout)
+        final, num_final, is_over = self._final_tokens(before, verdict)
+        active, column, group = before.is_active, self.table.column, self.table.group
+        self._keep(torch.where(active, torch.minimum(verdict.stands, before.known + num_final), 0), before.first, spans, num_seats)
         changes = {
-            "is_done": is_done, "num_known": next_known, "num_drafted": count, "is_whole": is_all, "num_written": num_written,
-            "num_forwards": num_forwards, "chain": next_chain, "runner_ups": next_ups.flatten(1),
-        }  # fmt: skip
+            "is_done": is_over,
+            "num_known": following.known,
+            "num_drafted": following.drafted,
+            "is_whole": verdict.is_all,
+            "num_written": before.written + num_final,
+            "num_forwards": column("num_forwards", num_seats) + 1,
+            "chain": following.chain,
+            "runner_ups": following.runner_ups.flatten(1),
+        }
         for name, value in changes.items():
             into = group(name, num_seats)
             into.copy_(torch.where(active[:, None], value.view(num_seats, -1).long(), into))
-        has_end = ((next_chain[..., None] == self.eos_ids).any(dim=2) & is_draft).any(dim=1)
-        overflow = (first + self._num_rows - 1 - last).clamp(min=0).minimum(self._num_rows)
-        tokens = torch.where(active[:, None] & (index < num_final[:, None]), final, -1)
-        state = (column(name, num_seats) for name in ("num_known", "num_drafted", "is_whole"))
-        scalars = (
-            column("is_done", num_seats),
-            column("num_forwards", num_seats),
-            overflow,
-            self._num_rows,
-            spans.cached,
-            *state,
-            has_end,
-            written,
-        )
+        overflow = (before.first + self._num_rows - len(readout.token_ids)).clamp(min=0).minimum(self._num_rows)
+        tokens = torch.where(active[:, None] & (self._place < num_final[:, None]), final, -1)
+        names = ("num_known", "num_drafted", "is_whole")
+        state, has_end = [column(name, num_seats) for name in names], self._is_end(following.chain, following.is_draft)
+        done, forwards = column("is_done", num_seats), column("num_forwards", num_seats)
+        scalars = (done, forwards, overflow, self._num_rows, spans.cached, *state, has_end, before.written)
         self.report[:num_seats].copy_(torch.cat((torch.stack([each.int() for each in scalars], dim=1), tokens.int()), dim=1))
+
+    def _judge(self, before: "_Before", readout: Readout) -> "_Verdict":
+        """What stands of the chain, and the rows behind it that were made for that."""
+        known, drafted, place, slots = before.known, before.drafted, self._place, self.slots
+        judge = before.first[:, None] + place - 1
+        passes = before.read(readout.given_probability, judge) > slots.token_threshold
+        if slots.acceptance == "argmax":
+            passes |= before.read(readout.given_is_argmax, judge)
+        is_draft = (place >= known[:, None]) & (place < (known + drafted)[:, None])
+        stands = ((passes & is_draft) | (place < known[:, None])).long().cumprod(dim=1).sum(dim=1)
+        named = torch.where(stands > 0, before.read(readout.token_ids, before.first + stands - 1), before.first_ids)
+        is_all = stands == known + drafted
+        length = stands - known + 1  # of the accepted drafts and the named token
+        groups = before.first + known + drafted
+        plan = groups + drafted.clamp(max=self.num_lengths) * slots.most_masks
+        hit, is_hit = torch.zeros_like(known), torch.zeros_like(is_all)
+        if self.num_tried:
+            at = stands.clamp(max=self.num_kept - 1)[:, None, None]
+            matches = before.runner_ups.gather(1, at.expand(-1, 1, slots.alternatives))[:, 0] == named[:, None]  # [B, R]
+            is_hit = ~is_all & (length <= self.num_tried) & matches.any(dim=1) & (named[:, None] != self.eos_ids).all(dim=1)
+            hit = matches.long().argmax(dim=1)
+        runner_up = plan + before.planned + ((length - 1) * slots.alternatives + hit) * (1 + slots.most_masks)
+        group = groups + (length - 1) * slots.most_masks
+        second = before.read(readout.token_ids, runner_up)
+        return _Verdict(stands, named, second, is_all, is_hit, ~is_all & (length <= self.num_lengths), plan, group, runner_up)
+
+    def _next_chain(self, before: "_Before", verdict: "_Verdict", readout: Readout) -> "_Chain":
+        """What is known then, and drafts from the masks behind it but the first, in whose place the last known token stands."""
+        masks, is_hit = self.slots.most_masks, verdict.is_hit
+        source = torch.where(verdict.is_all, verdict.plan, torch.where(is_hit, verdict.runner_up + 1, verdict.group))
+        drafted = torch.where(verdict.is_all, before.planned, torch.where(is_hit | verdict.has_group, masks, 1)) - 1
+        known = 1 + is_hit.long()
+        nth = self._place - known[:, None]  # draft
+        is_draft = (nth >= 0) & (nth < drafted[:, None])
+        row = source[:, None] + nth + 1
+        chain = torch.where(is_draft, before.read(readout.token_ids, row), 0)
+        chain[:, 0] = verdict.named
+        chain[:, 1] = torch.where(is_hit, verdict.second, chain[:, 1])
+        runner_ups = torch.full_like(before.runner_ups, -1)
+        if self.slots.alternatives:
+            runner_ups = torch.where(is_draft[..., None], before.read(readout.runner_ups, row), -1)
+        return _Chain(chain, runner_ups, known, drafted, is_draft)
+
+    def _final_tokens(self, before: "_Before", verdict: "_Verdict") -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, N], how many of them are final, and whether the answer is over: through the first EOS, no more than was asked for."""
+        accepted, place = verdict.stands - before.known, self._place
+        drafts = before.chain.gather(1, (before.known[:, None] + place).clamp(max=self.num_kept - 1))
+        behind = torch.where(place == accepted[:, None], verdict.named[:, None], verdict.second[:, None])
+        final = torch.where(place < accepted[:, None], drafts, behind)
+        num_final = torch.minimum(accepted + 1 + verdict.is_hit, before.max_tokens - before.written)
+        ends = (final[..., None] == self.eos_ids).any(dim=2) & (place < num_final[:, None])
+        is_ended = ends.any(dim=1)
+        num_final = torch.where(is_ended, ends.long().argmax(dim=1) + 1, num_final)
+        return final, num_final, ~before.is_active | is_ended | (before.written + num_final >= before.max_tokens)
+
+    def _is_end(self, tokens: Tensor, which: Tensor) -> Tensor:
+        """[B] whether an EOS is among `which` of the tokens [B, N]."""
+        return ((tokens[..., None] == self.eos_ids).any(dim=2) & which).any(dim=1)
 
     def _keep(self, kept: Tensor, first: Tensor, spans: Spans, num_seats: int) -> None:
         """The first `kept` [B] rows of the chain join the cache."""
-        place = torch.arange(self.num_kept, device=kept.device)
+        place = self._place
         is_kept = place < kept[:, None]
         count = num_seats * self.num_kept
         self.source[:count].copy_(torch.where(is_kept, first[:, None] + place + self._start, -1).flatten())
