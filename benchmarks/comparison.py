@@ -48,7 +48,7 @@ SLOT_SEATS = 32
 DECODE_ROWS = 32
 """Rows of a forward at most, in texts of ROOM tokens: plain masked diffusion runs whole texts, slot decoding prepares many lengths."""
 MOST_TRIES = 3
-"""A timed turn in which something was still compiled or captured is taken again, so often at most."""
+"""A timed turn in which something was still compiled or captured is taken again; so many in all, of which the last one is kept."""
 BOUND_SAMPLES = 16
 """Masked sets drawn of each answer where its likelihood is bounded."""
 ROOM = 1024

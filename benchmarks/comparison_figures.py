@@ -190,6 +190,8 @@ class _Table:
             if rows:
                 figures[f"tokens_per_second_{task.removeprefix('speed_')}"] = _pooled_speed(_timed(rows))
                 figures[f"tokens_per_forward_{task.removeprefix('speed_')}"] = _tokens_per_forward(rows)
+                if all("num_first_runs" in row for row in rows):  # at batch 1 the log does not hold it
+                    figures[f"first_runs_{task.removeprefix('speed_')}"] = sum(row["num_first_runs"] for row in rows)
         return figures
 
     def _speed_tasks(self) -> list[str]:

@@ -17,6 +17,8 @@ from refusion.errors import DataError
 
 Figures = dict[str, Any]
 CLAIM = ("what", "value", "conditions", "source")
+TOO_LOW = "too low, for shapes were still run for the first time in the turn that was timed (`first_runs` in the result file)."
+RESTS_ON_TOO_LOW = "rests on a speed that is too low (`*` in the table of speeds)."
 
 
 def suite(sources: Sequence[Source]) -> list[str]:
@@ -80,9 +82,10 @@ def comparison_cost(sources: Sequence[Source]) -> list[str]:
     for run in runs:
         f = run["figures"]
         fidelity = [percent(f.get("chat_agreement")), three(f.get("chat_base_nll")), three(f.get("chat_nll"))]
-        costs = [two(f.get("tokens_per_forward")), two(f.get("chat_tokens_per_forward")), *(whole(f.get(name)) for name in speeds)]
-        body.append([run["label"], *costs, *fidelity])
-    return rows(head, body)
+        costs = [two(f.get("tokens_per_forward")), two(f.get("chat_tokens_per_forward"))]
+        timed = [_marked(whole(f.get(name)), _had_first_runs(f, name)) for name in speeds]
+        body.append([run["label"], *costs, *timed, *fidelity])
+    return _with_mark_explained(rows(head, body), TOO_LOW)
 
 
 def differences(sources: Sequence[Source]) -> list[str]:
@@ -97,11 +100,18 @@ def differences(sources: Sequence[Source]) -> list[str]:
 
 
 def ratios(sources: Sequence[Source]) -> list[str]:
-    """Tokens per second over one another."""
+    """Tokens per second over one another; marked where either speed is."""
     runs = [run for run in _runs(sources, "first") if any(name.startswith("speed_") for name in run["figures"])]
+    contenders = {run["settings"]["contender"]: run["figures"] for run in _runs(sources, "contender") if "seeds" in run["settings"]}
     names = list(dict.fromkeys(name for run in runs for name in run["figures"]))
     heads = [f"{kind}, batch {size}" for kind, size in (name.rsplit("_", 2)[1:] for name in names)]
-    return rows(["tokens/s", *heads], [[run["label"], *(times(run["figures"].get(name)) for name in names)] for run in runs])
+    body = []
+    for run in runs:
+        sides = [contenders.get(run["settings"][side], {}) for side in ("first", "second")]
+        marks = [any(_had_first_runs(side, name) for side in sides) for name in names]
+        cells = [_marked(times(run["figures"].get(name)), mark) for name, mark in zip(names, marks, strict=True)]
+        body.append([run["label"], *cells])
+    return _with_mark_explained(rows(["tokens/s", *heads], body), RESTS_ON_TOO_LOW)
 
 
 def ablations(sources: Sequence[Source]) -> list[str]:
@@ -147,6 +157,21 @@ def read_published(path: Path) -> dict[str, Any]:
 
 def _runs(sources: Sequence[Source], setting: str) -> list[dict[str, Any]]:
     return [run for source in sources for run in source.content["runs"] if setting in run["settings"]]
+
+
+def _had_first_runs(figures: Figures, name: str) -> bool:
+    """Whether the timed turn of a speed (`..._chat_32`) ran shapes for the first time, as far as the log holds that."""
+    kind, size = name.rsplit("_", 2)[1:]
+    return figures.get(f"first_runs_{kind}_{size}", 0) > 0
+
+
+def _marked(cell: str, is_marked: bool) -> str:
+    return f"{cell}*" if is_marked and cell != "–" else cell
+
+
+def _with_mark_explained(lines: list[str], meaning: str) -> list[str]:
+    """The table, and what `*` means where it occurs."""
+    return [*lines, "", f"`*`: {meaning}"] if any("*" in line for line in lines) else lines
 
 
 def _suite(sources: Sequence[Source]) -> tuple[dict[str, dict[str, Figures]], dict[str, str]]:

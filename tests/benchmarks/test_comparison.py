@@ -143,6 +143,9 @@ def test_who_was_asked_fewer_problems_is_set_against_the_others_on_those(monkeyp
     for model, walls in zip(models, ([1.0, 1.0, 4.0], [], [2.0, 3.0]), strict=True):
         key = comparison_figures.key_of(model.recipe, 0, model.sha256, "speed_chat_1")
         rows += [{"task": key, "doc_id": i, "scores": {"wall": wall}, **cost} for i, wall in enumerate(walls)]
+    for model, num_first_runs in zip(models[1:], (3, 0), strict=True):
+        key = comparison_figures.key_of(model.recipe, 0, model.sha256, "speed_chat_32")
+        rows.append({"task": key, "doc_id": 0, "scores": {"wall": 1.0}, "num_first_runs": num_first_runs, **cost})
     result = comparison_figures.result(rows, models, contenders, [task], {})
     runs = {run.label: run for run in result.runs}
     assert result.settings["unfinished"] == []
@@ -153,6 +156,9 @@ def test_who_was_asked_fewer_problems_is_set_against_the_others_on_those(monkeyp
     assert runs["training of block_diffusion-0"].figures == {"steps": 400, "validation_mdm": 1.5}
     ratio = runs["masked_diffusion over autoregressive"].figures["speed_chat_1"]
     assert ratio.value == (20 / 5) / (20 / 2)  # the first two prompts
+    first_runs = {name: {key: value for key, value in run.figures.items() if key.startswith("first_runs")} for name, run in runs.items()}
+    assert first_runs["block_diffusion"] == {"first_runs_chat_32": 3}
+    assert (first_runs["masked_diffusion"], first_runs["autoregressive"]) == ({"first_runs_chat_32": 0}, {})
 
 
 @pytest.mark.parametrize(

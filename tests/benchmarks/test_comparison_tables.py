@@ -95,6 +95,28 @@ def test_the_comparison_has_rows_of_contenders_differences_and_ratios(table: Tab
     assert table("ratios comparison")[2] == "| refusion over y | 2.50× (2.40–2.60) | 0.80× |"
 
 
+def test_speeds_of_turns_with_first_runs_are_marked_and_what_rests_on_them(tables: ModuleType, tmp_path: Path) -> None:
+    def contender(name: str, **figures: float) -> Run:
+        return Run(label=name, settings={"contender": name, "seeds": [0], "tasks": []}, figures=figures)
+
+    speeds = {"tokens_per_second_chat_1": 1500.0, "tokens_per_second_chat_32": 7747.0, "tokens_per_second_tasks_32": 900.0}
+    ratio = Run(label="x over y", settings={"first": "x", "second": "y"}, figures={"speed_chat_1": 2.0, "speed_chat_32": 0.5})
+    clean = contender("y", **speeds, first_runs_chat_32=0, first_runs_tasks_32=0)
+    save(tmp_path, "dirty", [contender("x", **speeds, first_runs_chat_32=8, first_runs_tasks_32=0), clean, ratio])
+    save(tmp_path, "clean", [clean, ratio])
+
+    def lines(marker: str) -> list[str]:
+        return tables.with_tables(f"<!-- table:{marker} -->\n<!-- /table -->", Path("page.md"), tmp_path).splitlines()
+
+    cost = lines("comparison-cost dirty")
+    assert cost[4] == "| x | – | – | 1,500 | 7,747* | 900 | – | – | – |"
+    assert cost[5] == "| y | – | – | 1,500 | 7,747 | 900 | – | – | – |"
+    assert cost[7].startswith("`*`: too low")
+    ratios = lines("ratios dirty")
+    assert (ratios[4], ratios[6][:12]) == ("| x over y | 2.00× | 0.50×* |", "`*`: rests o")
+    assert not [line for kind in ("comparison-cost", "ratios") for line in lines(f"{kind} clean") if line.startswith("`*`")]
+
+
 def test_ablations_show_one_group(table: Table, tmp_path: Path) -> None:
     figures = {"accuracy": Interval(0.5, 0.4, 0.6), "tokens_per_forward": Interval(3.0, 2.9, 3.1)}
     timed = figures | {"tokens_per_second": 1200.0, "over_autoregressive": 1.5}

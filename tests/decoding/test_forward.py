@@ -8,6 +8,7 @@ from torch import Tensor
 
 from refusion.decoding.forward import ROWS_AT_ONCE, EagerForward, ForwardBatch, Rows, readout_logits
 from refusion.decoding.sampling import Draw
+from refusion.model.ops import next_best
 from refusion.model.segments import Segments
 
 LOGITS = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
@@ -89,3 +90,12 @@ def test_a_forward_that_nobody_reads_is_all_zeros() -> None:
     readout = EagerForward(_Counting(), NOTHING)(batch, None)  # type: ignore[arg-type]
     assert not readout.token_ids.any()
     assert not readout.given_is_argmax.any()
+
+
+def test_runner_ups_lie_one_row_behind_the_other() -> None:
+    """Kernels read them without a stride; the lowest id comes first among equals."""
+    logits = torch.tensor([[1.0, 5.0, 3.0, 3.0], [4.0, 0.0, 2.0, 9.0]])
+    found = next_best(logits.clone(), logits.argmax(dim=1), 2)
+    assert found.tolist() == [[2, 3], [0, 2]]
+    assert found.is_contiguous()
+    assert next_best(logits, logits.argmax(dim=1), 0).shape == (2, 0)

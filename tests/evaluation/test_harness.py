@@ -71,7 +71,8 @@ def test_without_a_gpu_the_device_that_the_harness_asks_for_by_itself_is_the_cpu
     roomy_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert ReFusionLM(str(roomy_model_dir), device="cuda").llm.model.device.type == "cpu"
+    for asked in ("cuda", "cuda:0"):  # what versions of its command line ask for
+        assert ReFusionLM(str(roomy_model_dir), device=asked).llm.model.device.type == "cpu"
     with pytest.raises(RequestError, match="unknown device 'abacus'"):
         ReFusionLM(str(roomy_model_dir), device="abacus")
 

@@ -168,7 +168,11 @@ def test_rotation_is_that_of_its_plain_twin_in_every_layer_of_every_forward(has_
 @pytest.mark.parametrize("num_rows", [1, 2, 11])
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("pages", [[2, 3], [3, 1]])
-def test_attention_is_that_of_its_plain_twin(num_rows: int, padding: int, pages: list[int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("apart_from", [1, 512])
+def test_attention_is_that_of_its_plain_twin(
+    num_rows: int, padding: int, pages: list[int], apart_from: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_ops, "APART_FROM", apart_from)
     case, fast = Case(num_rows, dtype), CpuOps(CONFIG, dtype)
     rows, spans, tiles = one_seat(num_rows + padding)
     spans.row_end.fill_(num_rows)

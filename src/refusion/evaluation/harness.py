@@ -310,10 +310,10 @@ def _args(request: Instance) -> tuple[Any, ...]:
 
 
 def _device(asked: str | None) -> str:
-    """The harness's own command line asks for "cuda" where nobody asked for anything: on a machine without a GPU that means the CPU."""
+    """The harness's own command line asks for the first GPU where nobody asked for anything; on a machine without one, the CPU is meant."""
     import torch
 
-    if asked in (None, "cuda") and not torch.cuda.is_available():
+    if asked in (None, "cuda", "cuda:0") and not torch.cuda.is_available():
         return "cpu"
     return asked or "cuda"
 

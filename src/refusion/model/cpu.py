@@ -174,11 +174,17 @@ class CpuOps:
 
 
 def _alone(plan: attention_ops.PlainPlan) -> tuple[slice, attention_ops.Piece] | None:
-    """Committed tokens and query rows of a plan whose only rows, from the first one on, are those of one request."""
+    """Committed tokens and query rows of a plan whose only rows, from the first one on, are those of one request.
+
+    A bias leaves out committed tokens that are attended to apart, so joining them is right only without one.
+    """
     if len(plan.seats) != 1 or len(plan.seats[0].pieces) != 1:
         return None
-    committed, piece = plan.seats[0].committed, plan.seats[0].pieces[0]
-    return (committed, piece) if isinstance(committed, slice) and piece.first == 0 else None
+    seat, piece = plan.seats[0], plan.seats[0].pieces[0]
+    if not isinstance(seat.committed, slice) or piece.first != 0:
+        return None
+    is_whole = piece.bias is None or seat.num_joined == seat.committed.stop - seat.committed.start
+    return (seat.committed, piece) if is_whole else None
 
 
 def _attend_alone(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:

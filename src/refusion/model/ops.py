@@ -74,11 +74,14 @@ def next_best(logits: Tensor, chosen: Tensor, count: int) -> Tensor:
 
     One argmax after the other: `topk` leaves the order of equals open.
     """
-    found = [chosen]
+    found: list[Tensor] = []
+    last = chosen
     for _ in range(count):
-        logits.scatter_(1, found[-1][:, None], -torch.inf)
-        found.append(logits.argmax(dim=1))
-    return torch.stack(found, dim=1)[:, 1:]
+        logits.scatter_(1, last[:, None], -torch.inf)
+        last = logits.argmax(dim=1)
+        found.append(last)
+    # Rows of their own, not columns of a wider tensor: the kernels of the rounds read them one behind the other.
+    return torch.stack(found, dim=1) if found else chosen.new_empty(len(chosen), 0)
 
 
 def _linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
