@@ -103,6 +103,8 @@ class SlotParams:
         if given.get("correction") == "paper":
             for name in ("alternatives", "infill_length"):
                 base.pop(name, None)  # the checkpoint's go with its own correction
+        if given.get("correction") == "paper" or {"block_size", "serial_blocks"} & given.keys():
+            base.pop("sliding", None)  # what was asked for has blocks
         unknown = base.keys() - {field.name for field in fields(SlotSettings)}
         _require(not unknown, "refusion block", sorted(unknown), f"made of {', '.join(field.name for field in fields(SlotSettings))}")
         return SlotSettings(**(base | given))

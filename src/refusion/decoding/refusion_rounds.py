@@ -49,6 +49,7 @@ class RefusionRounds:
         max_rows: int | None = None,
     ) -> None:
         """width: W. num_slots: S, room for the longest answer. max_rows: most decode rows of a forward; else what the settings can need."""
+        assert not slots.sliding, "slots that slide have rounds of their own"
         assert num_slots % width == 0, f"{num_slots} slots are no whole number of blocks of {width}"
         self.slots, self.width, self.slot_size, self.num_slots = slots, width, slots.slot_size, num_slots
         self.mask_id, self.eos_ids, self.use_kernels = mask_id, eos_ids, use_kernels
