@@ -66,6 +66,12 @@ def test_tokens_and_forwards_are_those_of_the_plain_decoder(
     assert is_idle(engine)
 
 
+def test_sliding_where_the_argmax_alone_passes_writes_what_one_by_one_decoding_does(new_engine: NewEngine, plain: Plain) -> None:
+    slots = SlotSettings(slot_size=8, token_threshold=1.0, alternatives=2, infill_length=3, sliding=True)
+    for prompt, answer in zip(PROMPTS, answer_all(new_engine(), PROMPTS, slots=slots, max_tokens=24), strict=True):
+        assert answer.token_ids == plain(new_request(prompt, [], decoder="autoregressive", max_tokens=24))[0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_token_is_an_answer(new_engine: NewEngine, plain: Plain, kind: str) -> None:
     answers = answer_all(new_engine(), [[7], [7, 8, 9, 10]], decoder=kind, max_tokens=1)

@@ -105,6 +105,8 @@ class SlotParams:
                 base.pop(name, None)  # the checkpoint's go with its own correction
         if given.get("correction") == "paper" or {"block_size", "serial_blocks"} & given.keys():
             base.pop("sliding", None)  # what was asked for has blocks
+        if given.get("sliding") and not base.get("sliding"):
+            base.pop("max_candidates", None)  # a number of lengths for slots that stay where they are
         unknown = base.keys() - {field.name for field in fields(SlotSettings)}
         _require(not unknown, "refusion block", sorted(unknown), f"made of {', '.join(field.name for field in fields(SlotSettings))}")
         return SlotSettings(**(base | given))
