@@ -145,7 +145,6 @@ class SlotSettings:
             is_one = self.serial_blocks is None and self.block_size in (None, self.slot_size)
             _require(is_one, "block_size", self.block_size, f"slot_size={self.slot_size}, and serial_blocks left out, where slots slide")
             _require(self.correction == "autoregressive", "correction", self.correction, "'autoregressive' where slots slide")
-            _require(self.slot_size >= 2, "slot_size", self.slot_size, "at least 2 where slots slide")
         if self.block_size is not None:
             fits = self.block_size >= self.slot_size and self.block_size % self.slot_size == 0
             _require(fits, "block_size", self.block_size, f"a multiple of slot_size={self.slot_size}")
