@@ -1,6 +1,7 @@
 """Batch 1 on this machine: tokens per second of the default decoding against autoregressive decoding, and what a forward costs.
 
     python benchmarks/cpu.py --num-prompts 12
+    python benchmarks/cpu.py --sweep benchmarks/sweeps/sliding_cpu.json          # several settings, each a contender
 
 The contenders take turns prompt by prompt, so that a slow minute of the machine hits all of them; the figure is the median over
 prompts of each one's tokens per second, with the pooled value beside it.
@@ -18,7 +19,7 @@ from typing import Any
 import harness
 import torch
 
-from refusion import LLM, SamplingParams
+from refusion import LLM, SamplingParams, SlotParams
 from refusion.engine.costs import NUM_CACHED
 from refusion.evaluation.results import Figure, Run, to_plain
 from refusion.evaluation.speed import forward_times
@@ -36,6 +37,7 @@ class Contender:
     name: str
     llm: LLM
     decoder: str
+    slots: SlotParams = field(default_factory=SlotParams)
     outputs: dict[str, list[RequestOutput]] = field(default_factory=lambda: {"chat": [], "tasks": []})
 
 
@@ -52,14 +54,14 @@ def main() -> None:
 
     llm = LLM.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     base = LLM.from_pretrained(args.base, device=args.device, dtype=args.dtype)
-    (setting,) = harness.settings(args)
+    settings = harness.settings(args)
     contenders = [
-        Contender("refusion", llm, "refusion"),
+        *(Contender(each.label, llm, "refusion", each.slots) for each in settings),
         Contender("autoregressive_base", base, "autoregressive"),
         Contender("autoregressive_same", llm, "autoregressive"),
     ]
     data = args.data or harness.chat_prompts()
-    take_turns(contenders, prompts_of(data, args.limit or args.num_prompts), setting, args.max_tokens)
+    take_turns(contenders, prompts_of(data, args.limit or args.num_prompts), args.max_tokens)
 
     runs = [Run(label=c.name, settings={"decoder": c.decoder, "model": c.llm.path.name}, figures=figures(c)) for c in contenders]
     runs.append(
@@ -71,8 +73,9 @@ def main() -> None:
     )
     for run in runs:
         print(json.dumps({"label": run.label} | to_plain(run.figures)), flush=True)
-    slots = asdict(llm.resolve_slots(setting.slots))
-    harness.finish(args, "cpu", llm, runs, base=args.base, slots=slots, num_prompts=args.limit or args.num_prompts)
+    slots = {each.label: asdict(llm.resolve_slots(each.slots)) for each in settings}
+    described = slots if len(slots) > 1 else next(iter(slots.values()))
+    harness.finish(args, "cpu", llm, runs, base=args.base, slots=described, num_prompts=args.limit or args.num_prompts)
 
 
 def prompts_of(chat_data: Path, count: int) -> list[tuple[str, Any]]:
@@ -82,19 +85,19 @@ def prompts_of(chat_data: Path, count: int) -> list[tuple[str, Any]]:
     return [pair for chat, task in zip(chats, tasks, strict=True) for pair in (("chat", chat), ("tasks", task))]
 
 
-def take_turns(contenders: Sequence[Contender], prompts: Sequence[tuple[str, Any]], setting: harness.Setting, max_tokens: int) -> None:
+def take_turns(contenders: Sequence[Contender], prompts: Sequence[tuple[str, Any]], max_tokens: int) -> None:
     """One prompt after the other, answered by every contender, who begins changing each time."""
     for contender in contenders:
-        answer(contender, prompts[0][1], setting, 16)
+        answer(contender, prompts[0][1], 16)
     for turn, (kind, row) in enumerate(prompts):
         for place in range(len(contenders)):
             contender = contenders[(turn + place) % len(contenders)]
-            contender.outputs[kind].append(answer(contender, row, setting, max_tokens))
+            contender.outputs[kind].append(answer(contender, row, max_tokens))
 
 
-def answer(contender: Contender, row: dict[str, Any], setting: harness.Setting, max_tokens: int) -> RequestOutput:
+def answer(contender: Contender, row: dict[str, Any], max_tokens: int) -> RequestOutput:
     sampling = SamplingParams(max_tokens=max_tokens)
-    return contender.llm.generate([harness.chat(row["query"])], sampling, setting.slots, decoder=contender.decoder, batch_size=1)[0]
+    return contender.llm.generate([harness.chat(row["query"])], sampling, contender.slots, decoder=contender.decoder, batch_size=1)[0]
 
 
 def figures(contender: Contender) -> dict[str, Figure]:

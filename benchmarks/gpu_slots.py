@@ -76,10 +76,8 @@ def main() -> None:
                 figures: dict[str, Figure] = {}
                 for kind, count in counted(llm, prompts, slots, args.max_tokens).items():
                     figures |= {f"{name}_{kind}": value for name, value in count.figures(costs, args.round_ms / 1000).items()}
-                label = (
-                    f"slots of {resolved.slot_size}, {resolved.alternatives} alternatives, {resolved.most_masks} behind a failed draft, "
-                    f"{resolved.candidates()} lengths"
-                )
+                what = f"{'sliding ' * resolved.sliding}slots of {resolved.slot_size}, {resolved.alternatives} alternatives"
+                label = f"{what}, {resolved.most_masks} behind a failed draft, {resolved.candidates()} lengths"
                 runs.append(Run(label=label, settings={"slots": to_plain(resolved)}, figures=figures))
                 print(json.dumps({"label": label} | to_plain(figures)), flush=True)
 

@@ -70,6 +70,8 @@ def parser(description: str, *, output: str, max_tokens: int = 256) -> argparse.
     slots.add_argument("--correction", choices=["paper", "autoregressive"])
     slots.add_argument("--alternatives", type=int, help="runner-ups tried beside each draft")
     slots.add_argument("--infill-length", type=int, help="tokens drafted at most behind a failed draft")
+    slots.add_argument("--sliding", action=argparse.BooleanOptionalAction, help="slots begin where the text ends")
+    slots.add_argument("--max-candidates", type=int, help="accepted lengths prepared")
     slots.add_argument("--two-pass", action="store_true", help="no fused rounds, no fused infill")
     return made
 

@@ -80,6 +80,17 @@ def test_raw_continues_the_prompt_without_the_template(run_cli: RunCli, tiny_mod
     assert answer["token_ids"] == list(expected.token_ids)
 
 
+def test_slots_slide_where_they_are_asked_to(run_cli: RunCli, tiny_model_dir: Path) -> None:
+    slots = SlotParams(slot_size=8, token_threshold=0.3, infill_length=3, alternatives=1, sliding=True)
+    expected = LLM.from_pretrained(tiny_model_dir, dtype="float32").generate([CHAT], SamplingParams(max_tokens=20), slots)[0]
+    flags = "--max-tokens 20 --sliding --slot-size 8 --token-threshold 0.3 --infill-length 3 --alternatives 1 --json"
+    answer = run_cli("generate", "--model", tiny_model_dir, "--dtype", "float32", *flags.split(), "hello").json
+    assert answer["token_ids"] == list(expected.token_ids)
+    refused = run_cli("generate", "--model", tiny_model_dir, "--sliding", "--slot-size", 8, "--block-size", 16, "hello")
+    assert refused.code == 2
+    assert "--block-size is 16; it must be slot_size=8" in refused.err
+
+
 def test_flags_build_the_settings_of_the_python_interface(run_cli: RunCli, tiny_model_dir: Path) -> None:
     sampling = SamplingParams(max_tokens=20, temperature=0.9, top_p=0.8, seed=5)
     slots = SlotParams(

@@ -20,6 +20,7 @@ from refusion.decoding.forward import Rows as ReadRows
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import Rounds, SeatReport
 from refusion.decoding.sampling import Draw, cut_answer
+from refusion.decoding.sliding_rounds import SlidingRounds
 from refusion.engine.network import FlatNetwork, KeyValues
 from refusion.engine.ops import PlainOps
 from refusion.model.rows import PROMPT, Rows, Spans, may_see, plain_tiles
@@ -171,7 +172,7 @@ class Server:
         self._write_prompts(rows, chunks)
         self.rounds.lay_out(rows.narrow(num_prompt, num_rows), self.spans, start=num_prompt, num_seats=num_seats, candidates=candidates)
         logits = self.forward.run(rows, self.spans, 0).float()
-        if isinstance(self.rounds, RefusionRounds):
+        if isinstance(self.rounds, RefusionRounds | SlidingRounds):
             self._name_firsts(logits, chunks)
         readout = self._readout(logits[num_prompt:], rows.narrow(num_prompt, num_rows))
         for seat, request, start, size in chunks:

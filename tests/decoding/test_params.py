@@ -76,6 +76,12 @@ def test_fields_left_out_come_from_the_checkpoint_then_from_the_defaults() -> No
     assert SlotParams(slot_size=16).resolve(recommended) == SlotSettings(slot_size=16, **recommended)
     with pytest.raises(ConfigError, match="alternatives is 2"):
         SlotParams(correction="paper", alternatives=2)
+    # What slides has no blocks of several slots: who asks for those, or for the paper's correction, does not get a checkpoint's sliding.
+    recommended = {"slot_size": 16, "sliding": True}
+    assert SlotParams(slot_size=8).resolve(recommended) == SlotSettings(slot_size=8, sliding=True)
+    assert SlotParams(block_size=32).resolve(recommended) == SlotSettings(slot_size=16, block_size=32)
+    assert SlotParams(correction="paper").resolve(recommended) == SlotSettings(slot_size=16, correction="paper")
+    assert SlotParams(sliding=True).resolve({"max_candidates": 3}).candidates() == 2
 
 
 def test_an_unknown_key_in_the_checkpoint_is_an_error() -> None:

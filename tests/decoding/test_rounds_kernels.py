@@ -99,7 +99,10 @@ def random_readout(num_rows: int, rng: np.random.Generator, agreement: float, eo
 
 
 def run_both(plain: Side, kernels: Side, max_tokens: int, seed: int, *, agreement: float, eos: float, max_candidates: int) -> set[int]:
-    """Random requests on random seats: both sides must agree after every call that both make. Returns the phases that came up."""
+    """Random requests on random seats: both sides must agree after every call that both make.
+
+    Returns the phases that came up, or, where slots slide, how many tokens a forward knew.
+    """
     rng = np.random.default_rng(seed)
     num_seats = len(plain.spans.cached)
     phases: set[int] = set()
@@ -124,8 +127,8 @@ def run_both(plain: Side, kernels: Side, max_tokens: int, seed: int, *, agreemen
         sides = (plain, kernels) if forward % AGING == AGING - 1 else (plain,)
         if kernels in sides:
             kernels.copy_from(plain)
-            if "phase" in plain.rounds.table.columns:
-                phases |= set(plain.rounds.table.column("phase", running).tolist())
+            for name in {"phase", "num_known"} & plain.rounds.table.columns.keys():
+                phases |= set(plain.rounds.table.column(name, running).tolist())
         for side in sides:
             side.lay_out(num_rows, start, running, candidates)
         if kernels in sides:
@@ -141,7 +144,7 @@ def run_both(plain: Side, kernels: Side, max_tokens: int, seed: int, *, agreemen
 
 def name_firsts(sides: Sequence[Side], running: int, rng: np.random.Generator, eos: float) -> None:
     """Prompts that end in the first forward of a seat, as the runner says it; the same on all sides."""
-    if not isinstance(sides[0].rounds, RefusionRounds):
+    if not hasattr(sides[0].rounds, "first_ids"):
         return
     is_first = sides[0].rounds.table.column("num_forwards", running).cpu().numpy() == 0
     token = np.where(rng.random(running) < eos, int(EOS_IDS[0]), rng.integers(MASK + 1, VOCAB, running))

@@ -14,6 +14,7 @@ from refusion.decoding.diffusion_params import BlockDiffusionParams, DiffusionPa
 from refusion.decoding.forward import ForwardFn
 from refusion.decoding.params import SamplingParams, SlotSettings
 from refusion.decoding.refusion import ReFusionDecoder
+from refusion.decoding.sliding import decode_sliding
 from refusion.engine.build import build_engine
 from refusion.engine.core import Engine
 from refusion.engine.costs import CostTable
@@ -23,6 +24,7 @@ from refusion.engine.settings import EngineSettings
 
 MASK, EOS = 5, 2
 SLOTS = SlotSettings(slot_size=4, block_size=8, slot_threshold=0.3, token_threshold=0.1)
+SLIDING = SlotSettings(slot_size=6, token_threshold=0.1, alternatives=2, infill_length=3, max_candidates=2, sliding=True)
 DIFFUSION: dict[str, DiffusionParams] = {
     "masked_diffusion": MaskedDiffusionParams(block_size=6, steps=4),
     "block_diffusion": BlockDiffusionParams(block_size=4, threshold=0.3),
@@ -91,6 +93,9 @@ class Plain:
             decoder = AutoregressiveDecoder(self.forward, new.sampling, eos_ids=eos_ids)
         else:
             assert new.slots is not None
+            if new.slots.sliding:
+                trace = decode_sliding(self.forward, new.prompt_ids, new.slots, new.sampling, mask_id=MASK, eos_ids=new.eos_ids)
+                return trace.token_ids, trace.num_rounds
             decoder = ReFusionDecoder(self.forward, new.slots, new.sampling, mask_id=MASK, eos_ids=eos_ids)
         decoder.start(torch.tensor([list(new.prompt_ids)]), torch.tensor([len(new.prompt_ids)]), torch.tensor([new.sampling.seed]))
         while not bool(decoder.is_done.all()):

@@ -12,7 +12,7 @@ from refusion.decoding.params import SlotSettings
 from refusion.engine.build import moved_network
 from refusion.engine.candidates import Candidates
 from refusion.engine.changes import QueuedTable
-from refusion.engine.commits import commits
+from refusion.engine.commits import Demand, commits
 from refusion.engine.core import Engine
 from refusion.engine.costs import CostTable
 from refusion.engine.network import FlatNetwork
@@ -184,7 +184,8 @@ def test_nothing_is_launched_behind_a_planned_end(new_engine: NewEngine, plain: 
         engine.step()  # the plan is under way
         engine.step()  # its report is read, and the forward that verifies was launched before
         seats = engine.scheduler._lane(lane_key(request, "refusion"))
-        assert seats.demand is not None and engine._under_way is not None
+        assert isinstance(seats.demand, Demand)
+        assert engine._under_way is not None
         eos_id = int(seats.reports[0, seats.demand.columns.plans + 3])
         found.append(engine.scheduler.rows_ahead(engine._under_way[0]))
         run(engine)

@@ -49,6 +49,7 @@ def command(
     correction: options.Correction = None,
     alternatives: options.Alternatives = None,
     infill_length: options.InfillLength = None,
+    sliding: options.Sliding = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     quantization: options.Quantization = None,
@@ -63,7 +64,7 @@ def command(
     """
     sampling = options.sampling_params(max_tokens, temperature, top_p, seed, None)
     slots = options.slot_params(
-        slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives, infill_length
+        slot_size, block_size, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives, infill_length, sliding
     )
     with options.interruptible():
         from refusion.evaluation.results import content_of, write_result

@@ -47,6 +47,7 @@ def command(
     correction: options.Correction = None,
     alternatives: options.Alternatives = None,
     infill_length: options.InfillLength = None,
+    sliding: options.Sliding = None,
     steps: options.Steps = None,
     threshold: options.Threshold = None,
     block_cache: options.BlockCache = None,
@@ -75,7 +76,7 @@ def command(
     diffusion = options.diffusion_params(decoder, block_size, steps, threshold, block_cache, early_stop)
     slot_block = block_size if diffusion is None else None
     slots = options.slot_params(
-        slot_size, slot_block, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives, infill_length
+        slot_size, slot_block, serial_blocks, slot_threshold, token_threshold, acceptance, correction, alternatives, infill_length, sliding
     )
     options.refuse_slots(decoder, slots)
     with options.usage_errors():

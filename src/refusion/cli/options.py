@@ -97,6 +97,9 @@ Alternatives = Annotated[
     int | None, typer.Option(help="Runner-ups of each draft that are tried beside it, 0 to 3; they may replace it without another forward.")
 ]
 InfillLength = Annotated[int | None, typer.Option(help="Tokens drafted at most behind a draft that failed.")]
+Sliding = Annotated[
+    bool | None, typer.Option("--sliding/--no-sliding", help="Begin slots where the text ends; drafts run on past what was accepted.")
+]
 Steps = Annotated[int | None, typer.Option(help="Diffusion decoders: forwards of a block, 1 to the block size.")]
 Threshold = Annotated[float | None, typer.Option(help="Diffusion decoders, instead of --steps: commit what is more probable, 0 to 1.")]
 BlockCache = Annotated[BlockCacheName | None, typer.Option(help="Masked diffusion: reuse keys and values within a block, approximately.")]
@@ -132,6 +135,7 @@ def slot_params(
     correction: CorrectionName | None,
     alternatives: int | None,
     infill_length: int | None,
+    sliding: bool | None,
 ) -> SlotParams:
     """Checked settings of the slot flags; a value out of range is a usage error."""
     from refusion.decoding.params import SlotParams
@@ -147,6 +151,7 @@ def slot_params(
             correction=correction.value if correction else None,
             alternatives=alternatives,
             infill_length=infill_length,
+            sliding=sliding,
         )
 
 
@@ -290,7 +295,8 @@ def slots_text(slots: SlotSettings) -> str:
     rules = f"{slots.acceptance} acceptance, {slots.correction} correction"
     tried = f", {slots.alternatives} alternative{'s' * (slots.alternatives > 1)}" if slots.alternatives else ""
     drafted = f", {slots.infill_length} tokens behind a failed draft" if slots.infill_length else ""
-    return f"slots of {slots.slot_size} in {cut}, {thresholds}, {rules}{tried}{drafted}"
+    cut = "sliding with the text" if slots.sliding else f"in {cut}"
+    return f"slots of {slots.slot_size} {cut}, {thresholds}, {rules}{tried}{drafted}"
 
 
 def output_dict(output: RequestOutput) -> dict[str, Any]:

@@ -16,6 +16,8 @@ MAX_ALTERNATIVES = 3
 """More runner-ups are hardly ever right."""
 ALTERNATIVE_LENGTHS = 4
 """Alternatives are tried for drafts that fail among the first so many; later ones fail too rarely to be worth their rows."""
+SLIDING_LENGTHS = 2
+"""Accepted lengths a sliding forward prepares for, unless max_candidates says otherwise."""
 
 Acceptance = Literal["paper", "argmax"]
 Correction = Literal["paper", "autoregressive"]
@@ -79,6 +81,10 @@ class SlotParams:
     """Fused infill: for how many accepted lengths the next drafts are prepared in the same forward; 0: two-pass infill."""
     fuse_plan: bool | None = None
     """Put the next plan into the forward that verifies this one; False with max_candidates=0 is the plain two-pass algorithm."""
+    sliding: bool | None = None
+    """Slots begin where the text ends: what a forward accepts is final at once, and drafts run on past it. Behind drafts that all passed a
+    whole slot is planned, behind a failed one as many tokens as `infill_length` says. Needs correction `autoregressive` and one slot to a
+    block; here `max_candidates` can change which drafts there are, and so, with token thresholds below 1, the text."""
 
     def __post_init__(self) -> None:
         is_cut_once = self.block_size is None or self.serial_blocks is None
@@ -97,6 +103,10 @@ class SlotParams:
         if given.get("correction") == "paper":
             for name in ("alternatives", "infill_length"):
                 base.pop(name, None)  # the checkpoint's go with its own correction
+        if given.get("correction") == "paper" or {"block_size", "serial_blocks"} & given.keys():
+            base.pop("sliding", None)  # what was asked for has blocks
+        if given.get("sliding") and not base.get("sliding"):
+            base.pop("max_candidates", None)  # a number of lengths for slots that stay where they are
         unknown = base.keys() - {field.name for field in fields(SlotSettings)}
         _require(not unknown, "refusion block", sorted(unknown), f"made of {', '.join(field.name for field in fields(SlotSettings))}")
         return SlotSettings(**(base | given))
@@ -117,6 +127,7 @@ class SlotSettings:
     infill_length: int | None = None  # None: to the end of the slot
     max_candidates: int | None = None  # None: what FREE_ROWS allows
     fuse_plan: bool = True
+    sliding: bool = False
 
     def __post_init__(self) -> None:
         _require(1 <= self.slot_size <= MAX_SLOT_SIZE, "slot_size", self.slot_size, f"in [1, {MAX_SLOT_SIZE}]")
@@ -130,6 +141,10 @@ class SlotSettings:
         _require(self.infill_length is None or self.infill_length >= 1, "infill_length", self.infill_length, "at least 1")
         _require(self.max_candidates is None or self.max_candidates >= 0, "max_candidates", self.max_candidates, "0 or above")
         _require(self.serial_blocks is None or self.serial_blocks >= 1, "serial_blocks", self.serial_blocks, "at least 1")
+        if self.sliding:
+            is_one = self.serial_blocks is None and self.block_size in (None, self.slot_size)
+            _require(is_one, "block_size", self.block_size, f"slot_size={self.slot_size}, and serial_blocks left out, where slots slide")
+            _require(self.correction == "autoregressive", "correction", self.correction, "'autoregressive' where slots slide")
         if self.block_size is not None:
             fits = self.block_size >= self.slot_size and self.block_size % self.slot_size == 0
             _require(fits, "block_size", self.block_size, f"a multiple of slot_size={self.slot_size}")
@@ -167,8 +182,8 @@ class SlotSettings:
         Length a takes slot_size - a mask rows, at most infill_length. Unless max_candidates says otherwise, as many lengths as FREE_ROWS
         rows hold: all 15 for slots of 16, 6 for slots of 32.
         """
-        if self.max_candidates is not None:
-            return min(self.max_candidates, self.slot_size - 1)
+        if self.max_candidates is not None or self.sliding:
+            return min(SLIDING_LENGTHS if self.max_candidates is None else self.max_candidates, self.slot_size - 1)
         rows = accumulate(min(self.slot_size - length, self.most_masks) for length in range(1, self.slot_size))
         return sum(total <= FREE_ROWS for total in rows)
 

@@ -27,6 +27,7 @@ class ReFusionDecoder:
     """Decodes a batch that starts together. Requests that finish early take no more rows; `compact` frees their memory."""
 
     def __init__(self, forward: ForwardFn, slots: SlotSettings, sampling: SamplingParams, *, mask_id: int, eos_ids: Tensor) -> None:
+        assert not slots.sliding, "slots that slide are decoded by `decode_sliding`"
         self.forward, self.slots, self.sampling = forward, slots, sampling
         self.mask_id, self.eos_ids = mask_id, eos_ids
         self.width = min(slots.slots_per_block(sampling.max_tokens), slots.num_slots(sampling.max_tokens))

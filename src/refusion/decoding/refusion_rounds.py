@@ -49,6 +49,7 @@ class RefusionRounds:
         max_rows: int | None = None,
     ) -> None:
         """width: W. num_slots: S, room for the longest answer. max_rows: most decode rows of a forward; else what the settings can need."""
+        assert not slots.sliding, "slots that slide have rounds of their own"
         assert num_slots % width == 0, f"{num_slots} slots are no whole number of blocks of {width}"
         self.slots, self.width, self.slot_size, self.num_slots = slots, width, slots.slot_size, num_slots
         self.mask_id, self.eos_ids, self.use_kernels = mask_id, eos_ids, use_kernels
@@ -120,6 +121,11 @@ class RefusionRounds:
         first = self.columns.agenda
         agendas = report[:, first : first + AGENDA + 2 * self.width]
         return rows_needed(agendas, self.slots, self._candidates(candidates))
+
+    def first_draw(self, num_seats: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[B] seed, position and attempt that the first token of every seat is drawn with."""
+        state = self.state(num_seats)
+        return state.seeds, state.prompt_lengths - 1, state.num_drafts + 1
 
     def read(self, report_row: np.ndarray) -> SeatReport:
         return seat_report(report_row, self.columns)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from refusion.decoding.params import SlotSettings
 from refusion.engine.candidates import Candidates
 from refusion.engine.costs import CostTable
-from refusion.engine.experience import Experience
 from refusion.engine.requests import NewRequest, lane_key
 from refusion.engine.shapes import seat_bucket
+from refusion.engine.sliding import AnyExperience, seat_rows
 
 MARGIN = 1.03
 """The decoder in use is kept while the other is no faster than this: requests of two decoders cannot share forwards."""
@@ -58,7 +58,7 @@ class Auto:
         costs, key = self._measure(), lane_key(new, "refusion")
         assert key.slots is not None, "slots are cut in slot lanes"
         experience = self._candidates.experience(key.slots, key.width)
-        together = max(min(load, self._most_rows // (2 * key.width * key.slots.slot_size)), 1)  # as many seats as such a lane has
+        together = max(min(load, self._most_rows // seat_rows(key.slots, key.width, 0)), 1)  # as many seats as such a lane has
         place = experience.ladder.index(self._candidates.choose(experience, together).candidates)
         by_slots = together * experience.tokens / float(self._candidates.seconds_of_turn(costs, experience, together)[place])
         return _Speeds(experience, experience.version, by_slots, load / float(costs.cost(seat_bucket(load))))
@@ -67,7 +67,7 @@ class Auto:
 class _Speeds(NamedTuple):
     """What was reckoned from `experience` when it had this version."""
 
-    experience: Experience
+    experience: AnyExperience
     version: int
     by_slots: float
     one_by_one: float

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from refusion.decoding.params import SlotSettings
-from refusion.decoding.refusion_report import most_rows
 from refusion.engine.costs import CostTable
 from refusion.engine.experience import Experience
 from refusion.engine.shapes import seat_bucket
+from refusion.engine.sliding import AnyExperience, SlidingExperience
 
 PADDING = 1.15
 """Rows of a forward of several seats over those that are needed: shapes are few."""
@@ -48,17 +48,18 @@ class Candidates:
         """
         self._measure, self._most_rows, self._tokens_per_forward = measure, most_rows, tokens_per_forward
         self.runs_ahead = runs_ahead
-        self._experience: dict[tuple[SlotSettings, int], Experience] = {}
+        self._experience: dict[tuple[SlotSettings, int], AnyExperience] = {}
         self._chosen: dict[tuple[int, int], tuple[int, Choice]] = {}  # (id of the experience, seats) -> (its version, the choice)
 
-    def experience(self, slots: SlotSettings, width: int) -> Experience:
+    def experience(self, slots: SlotSettings, width: int) -> AnyExperience:
         """What was seen with these settings, in all lanes."""
         key = (slots, width)
         if key not in self._experience:
-            self._experience[key] = Experience(slots, width, self._tokens_per_forward)
+            known = self._tokens_per_forward
+            self._experience[key] = SlidingExperience(slots, known) if slots.sliding else Experience(slots, width, known)
         return self._experience[key]
 
-    def choose(self, experience: Experience, num_seats: int) -> Choice:
+    def choose(self, experience: AnyExperience, num_seats: int) -> Choice:
         """What forwards of up to `num_seats` seats are to be like."""
         bucket = seat_bucket(num_seats)
         version, choice = self._chosen.get((id(experience), bucket), (-1, None))
@@ -67,12 +68,12 @@ class Candidates:
             self._chosen[id(experience), bucket] = experience.version, choice
         return choice
 
-    def seconds_of_turn(self, costs: CostTable, experience: Experience, num_seats: int) -> np.ndarray:
+    def seconds_of_turn(self, costs: CostTable, experience: AnyExperience, num_seats: int) -> np.ndarray:
         """[C] seconds of a forward with the remask forwards that come with it, by number of lengths."""
         waiting, ahead = self._seconds(costs, experience, num_seats)
         return np.minimum(waiting, ahead)
 
-    def _reconsider(self, experience: Experience, num_seats: int, now: Choice | None) -> Choice:
+    def _reconsider(self, experience: AnyExperience, num_seats: int, now: Choice | None) -> Choice:
         """`now` unless another choice is clearly better; None: there is none yet."""
         ladder, num_choices = experience.ladder, max(len(experience.ladder) - 1, 1)  # 0 only where nothing else fits
         fits = padded_rows(experience, num_seats)[:num_choices] <= self._most_rows
@@ -89,22 +90,21 @@ class Candidates:
                 return now
         return Choice(ladder[int(best[1])], bool(best[0]))
 
-    def _seconds(self, costs: CostTable, experience: Experience, num_seats: int) -> tuple[np.ndarray, np.ndarray]:
+    def _seconds(self, costs: CostTable, experience: AnyExperience, num_seats: int) -> tuple[np.ndarray, np.ndarray]:
         """[C] seconds of `seconds_of_turn` where each forward waits for the report before it, and where it is launched ahead."""
         waiting = _seconds_waiting(costs, experience, num_seats)
         if not self.runs_ahead:
             return waiting, np.full_like(waiting, np.inf)
-        most = [num_seats * most_rows(experience.slots, experience.width, candidates) for candidates in experience.ladder]
         ahead = np.maximum(costs.cost(num_seats * experience.rows_ahead), HOST_SECONDS) * (1.0 + experience.uncovered)
-        return waiting, np.where(np.array(most) <= self._most_rows, ahead, np.inf)
+        return waiting, np.where(num_seats * experience.most_rows <= self._most_rows, ahead, np.inf)
 
 
-def padded_rows(experience: Experience, num_seats: int) -> np.ndarray:
+def padded_rows(experience: AnyExperience, num_seats: int) -> np.ndarray:
     """[C] rows of a forward of `num_seats`, by number of lengths."""
     return experience.rows_per_forward * num_seats * (PADDING if num_seats > 1 else 1.0)
 
 
-def _seconds_waiting(costs: CostTable, experience: Experience, num_seats: int) -> np.ndarray:
+def _seconds_waiting(costs: CostTable, experience: AnyExperience, num_seats: int) -> np.ndarray:
     if num_seats == 1:  # forwards of both kinds, instead of forwards in which some seats do the one and some the other
         by_kind = np.asarray(costs.cost(experience.rows)) + HOST_SECONDS, float(costs.cost(experience.remask_rows)) + HOST_SECONDS
         return by_kind[0] + experience.uncovered * by_kind[1]

@@ -11,6 +11,9 @@ from refusion.decoding.params import SlotSettings
 from refusion.decoding.refusion_report import AGENDA, ReportColumns, group_rows, most_rows
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import NUM_COMMON, NUM_FORWARDS, OVERFLOW
+from refusion.decoding.sliding_report import PLACE as SLIDING_PLACE
+from refusion.decoding.sliding_report import TOKENS as SLIDING_TOKENS
+from refusion.decoding.sliding_rounds import SlidingRounds
 from refusion.decoding.state import DONE, INFILL, PLAN, REMASK, VERIFY
 
 # B = seats, R = report columns, N = committed tokens, W = slots of a block, K = tokens per slot, C = candidate lengths
@@ -27,29 +30,35 @@ class Commits:
     token: np.ndarray
 
 
-def num_committed(rounds: RefusionRounds | AutoregressiveRounds | DiffusionRounds, report: np.ndarray) -> np.ndarray:
+AnyRounds = RefusionRounds | SlidingRounds | AutoregressiveRounds | DiffusionRounds
+
+
+def num_committed(rounds: AnyRounds, report: np.ndarray) -> np.ndarray:
     """[B] tokens that became final by a report [B, R]; 0 for seats that took no part."""
     if isinstance(rounds, AutoregressiveRounds):
         return report[:, NUM_COMMON]
     if isinstance(rounds, DiffusionRounds):
         return (report[:, TOKENS:] >= 0).sum(axis=1)
+    if isinstance(rounds, SlidingRounds):
+        return (report[:, SLIDING_TOKENS:] >= 0).sum(axis=1)
     first = rounds.columns.committed
     if rounds.width == 1:
         return report[:, first]
     return report[:, first : first + rounds.width].sum(axis=1)
 
 
-def commits(rounds: RefusionRounds | AutoregressiveRounds | DiffusionRounds, report: np.ndarray, took_part: np.ndarray) -> Commits:
+def commits(rounds: AnyRounds, report: np.ndarray, took_part: np.ndarray) -> Commits:
     """Final tokens of a report [B, R]; took_part [B] bool."""
     overflow = report[took_part, OVERFLOW]
     assert not overflow.any(), f"{overflow.max()} rows of a seat did not fit into its forward"
     if isinstance(rounds, AutoregressiveRounds):
         seat = ((report[:, NUM_COMMON] != 0) & took_part).nonzero()[0]
         return Commits(seat, report[seat, NUM_FORWARDS] - 1, report[seat, NUM_COMMON + 1])
-    if isinstance(rounds, DiffusionRounds):
-        tokens = report[:, TOKENS:]
+    if isinstance(rounds, DiffusionRounds | SlidingRounds):
+        first, begin = (PLACE, TOKENS) if isinstance(rounds, DiffusionRounds) else (SLIDING_PLACE, SLIDING_TOKENS)
+        tokens = report[:, begin:]
         seat, place = ((tokens >= 0) & took_part[:, None]).nonzero()
-        return Commits(seat, report[seat, PLACE] + place, tokens[seat, place])
+        return Commits(seat, report[seat, first] + place, tokens[seat, place])
     columns, width, slot_size = rounds.columns, rounds.width, rounds.slot_size
     count = report[:, columns.committed : columns.committed + width]  # [B, W]
     drafts = report[:, columns.drafts : columns.drafts + width * slot_size].reshape(-1, width, slot_size)
@@ -58,19 +67,19 @@ def commits(rounds: RefusionRounds | AutoregressiveRounds | DiffusionRounds, rep
     return Commits(seat, (report[seat, columns.window] + slot) * slot_size + place, drafts[seat, slot, place])
 
 
-def advances(rounds: RefusionRounds, before: np.ndarray, report: np.ndarray, took_part: np.ndarray) -> np.ndarray:
+def advances(columns: ReportColumns, before: np.ndarray, report: np.ndarray, took_part: np.ndarray) -> np.ndarray:
     """[requests whose drafts were judged] tokens by which the slot that goes on and came furthest advanced; 0 where all were completed.
 
     before: the reports [B, R] of last time.
     """
-    columns, width = rounds.columns, rounds.width
+    width = columns.width
     first = columns.agenda + AGENDA
     verified = before[:, first : first + width]  # [B, W]
     accepted = report[:, columns.accepted : columns.accepted + width]
     is_judged = (accepted >= 0) & (verified >= 0) & took_part[:, None]
     goes_on = is_judged & (report[:, columns.committed : columns.committed + width] == 0)
     advance = np.where(goes_on, accepted - verified, 0).max(axis=1)
-    return np.clip(advance[is_judged.any(axis=1)], 0, rounds.slot_size)
+    return np.clip(advance[is_judged.any(axis=1)], 0, columns.slot_size)
 
 
 class Demand:
@@ -84,6 +93,21 @@ class Demand:
         self._tables: dict[int, np.ndarray] = {}  # candidates -> [phases * (K + 2) * 2] rows of a block of one slot
         self._bounds: dict[int, np.ndarray] = {}  # the same of the most rows that the forward after it can need
         self._weights = np.array([2 * (self.slot_size + 2), 0, 0, 2, 1], dtype=np.int32)  # of phase, two slots, verified, planned
+
+    def open(self, line: np.ndarray, max_tokens: int) -> None:
+        """A report line [R] that asks for the first forward of a request."""
+        agenda = fresh_agenda(self.columns, self.slots.num_slots(max_tokens))
+        line[self.columns.agenda : self.columns.agenda + len(agenda)] = agenda
+
+    def close(self, line: np.ndarray) -> None:
+        """A report line [R] that asks for nothing."""
+        line[self.columns.agenda] = DONE
+
+    def will_end(self, reports: np.ndarray, eos_ids: np.ndarray) -> bool:
+        """Every seat has a planned EOS among what the forward under way verifies: behind it one would most likely run for nobody."""
+        columns = self.columns
+        planned = reports[:, columns.plans : columns.plans + self.width * self.slot_size, None]
+        return bool(((reports[:, columns.agenda] == VERIFY) & (planned == eos_ids).any(axis=(1, 2))).all())
 
     def total(self, reports: np.ndarray, candidates: int) -> int:
         """Rows of all seats of reports [B, R]."""

@@ -4,11 +4,12 @@ Preparing fewer lengths changes no token; it only puts remask forwards between t
 and what any number of lengths would have brought and taken follows, whatever number was used.
 """
 
+from typing import Any
+
 import numpy as np
 
 from refusion.decoding.params import SlotSettings
 from refusion.decoding.refusion_report import group_rows, most_rows
-from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.state import REMASK
 from refusion.engine.commits import Demand, advances
 
@@ -44,7 +45,9 @@ class Experience:
         self.share_judged = SHARE_JUDGED
         self.advanced = _first_advances(self.slot_size)  # [K + 1] share of the judged requests by the tokens of `advances`
         self.rows = self._first_rows()  # [C]
-        self.rows_ahead = np.array([float(most_rows(slots, width, each)) for each in self.ladder])
+        self.most_rows = np.array([most_rows(slots, width, each) for each in self.ladder])
+        """[C] rows of any forward at most."""
+        self.rows_ahead = self.most_rows.astype(float)
         """[C] rows of a forward that is launched before it is known what it has to do."""
         self.remask_rows = float(self.slot_size)
         self.weight = FIRST_WEIGHT
@@ -68,18 +71,20 @@ class Experience:
         """[C] the same of decode rows."""
         return (self.rows + self.uncovered * self.remask_rows) / (1.0 + self.uncovered)
 
-    def learn(
-        self, rounds: RefusionRounds, demand: Demand, before: np.ndarray, report: np.ndarray, took_part: np.ndarray, num_tokens: int
-    ) -> None:
-        """Take in one forward: its report [B, R], those before it, who took part [B], and how many tokens became final."""
-        is_remask = took_part & (before[:, rounds.columns.agenda] == REMASK)
+    def learn(self, demand: Any, before: np.ndarray, report: np.ndarray, took_part: np.ndarray, num_tokens: int) -> None:
+        """Take in one forward: its report [B, R], those before it, who took part [B], and how many tokens became final.
+
+        demand: the `Demand` of its rounds.
+        """
+        assert isinstance(demand, Demand), "other slots have an experience of their own"
+        is_remask = took_part & (before[:, demand.columns.agenda] == REMASK)
         others = took_part & ~is_remask
         num_others, num_remask = int(others.sum()), int(is_remask.sum())
         if num_others == 0:
             return
         self.weight = min(self.weight + num_others, LAST_WEIGHT)
         share = num_others / self.weight
-        found = advances(rounds, before, report, others)
+        found = advances(demand.columns, before, report, others)
         self.tokens += share * (num_tokens / num_others - self.tokens)
         self.share_judged += share * (len(found) / num_others - self.share_judged)
         if len(found):

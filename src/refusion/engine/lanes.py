@@ -12,6 +12,7 @@ from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.params import SlotSettings
 from refusion.decoding.refusion_report import AGENDA
 from refusion.decoding.refusion_rounds import RefusionRounds
+from refusion.decoding.sliding_rounds import SlidingRounds
 from refusion.decoding.state import DONE
 from refusion.engine.changes import QueuedTable
 from refusion.engine.shapes import Shape
@@ -53,7 +54,7 @@ class Lane:
     def __init__(
         self,
         key: LaneKey,
-        rounds: RefusionRounds | AutoregressiveRounds | DiffusionRounds,
+        rounds: RefusionRounds | SlidingRounds | AutoregressiveRounds | DiffusionRounds,
         num_seats: int,
         pages_per_seat: int,
         page_size: int,
@@ -110,7 +111,7 @@ class Lane:
 
     def retire(self, seat: int) -> None:
         """The seat takes no more rows."""
-        if isinstance(self.rounds, AutoregressiveRounds):
+        if isinstance(self.rounds, AutoregressiveRounds | SlidingRounds):
             self.table.write(seat, {"prompt_length": 0, "seed": 0, "max_tokens": 0, "is_done": 1})
         elif isinstance(self.rounds, DiffusionRounds):
             self.rounds.retire(seat)
@@ -200,6 +201,11 @@ def new_lane(
         )
     elif key.slots is None:
         rounds = AutoregressiveRounds(num_seats, eos_ids=eos_ids, device=device, use_kernels=use_kernels, max_rows=max_rows)
+    elif key.slots.sliding:
+        assert mask_id is not None, "a slot lane needs a mask token; the door refuses checkpoints without one"
+        rounds = SlidingRounds(
+            key.slots, num_seats, mask_id=mask_id, eos_ids=eos_ids, device=device, use_kernels=use_kernels, max_rows=max_rows
+        )
     else:
         assert mask_id is not None, "a slot lane needs a mask token; the door refuses checkpoints without one"
         num_slots = -(-key.slots.num_slots(key.max_tokens) // key.width) * key.width

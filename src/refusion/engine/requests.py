@@ -179,6 +179,8 @@ def cache_room(new: NewRequest, key: LaneKey) -> int:
         return prompt + -(-answer // key.width) * key.width - key.width  # the last block stays as it is
     if key.slots is None:
         return prompt - 1 + answer
+    if key.slots.sliding:
+        return prompt + answer
     return prompt + -(-answer // key.slots.slot_size) * key.slots.slot_size
 
 

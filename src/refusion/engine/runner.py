@@ -18,6 +18,7 @@ from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.flat_readout import sampled_readout
 from refusion.decoding.forward import Readout
 from refusion.decoding.refusion_rounds import RefusionRounds
+from refusion.decoding.sliding_rounds import SlidingRounds
 from refusion.engine.lanes import Captured, Lane, LaneKey, new_lane
 from refusion.engine.network import FlatNetwork, KeyValues
 from refusion.engine.shapes import LONE_TILE_ROWS, PROMPT_ROWS, TILE_ROWS, Shape, at_least, row_bucket, tile_rows
@@ -339,7 +340,7 @@ class Runner:
         if num_prompt:
             spans.prompt_start.zero_()
             spans.prompt_end.zero_()
-            if isinstance(lane.rounds, RefusionRounds):
+            if isinstance(lane.rounds, RefusionRounds | SlidingRounds):
                 lane.rounds.first_ids.fill_(-1)
 
     def _readout(self, lane: Lane, hidden: Tensor, rows: Rows, num_seats: int) -> Readout:
@@ -369,7 +370,7 @@ class Runner:
     def _name_firsts(self, lane: Lane, hidden: Tensor, spans: Spans) -> None:
         """Where slots want it, what the last prompt row of every seat says; a second small readout, since few forwards have prompt rows."""
         rounds = lane.rounds
-        if not isinstance(rounds, RefusionRounds) or not rounds.slots.names_first:
+        if not isinstance(rounds, RefusionRounds | SlidingRounds) or not rounds.slots.names_first:
             return
         num_seats = len(spans.prompt_end)
         last = hidden.index_select(0, (spans.prompt_end - 1).clamp(min=0))
@@ -377,16 +378,16 @@ class Runner:
         if lane.key.is_greedy:
             token_ids = self.network.readout(last, self.bias_banned, given_ids).token_ids
         else:
-            state = rounds.state(num_seats)
+            seeds, positions, attempts = rounds.first_draw(num_seats)
             token_ids = sampled_readout(
                 self.network.logits(last),
                 self.banned_ids,
                 given_ids,
                 lane.temperature[:num_seats],
                 lane.top_p[:num_seats] if lane.key.has_top_p else None,
-                state.seeds,
-                state.prompt_lengths - 1,
-                state.num_drafts + 1,
+                seeds,
+                positions,
+                attempts,
                 0,
             ).token_ids
         rounds.first_ids[:num_seats].copy_(torch.where(spans.prompt_end > spans.prompt_start, token_ids, -1))

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refusion.decoding.refusion_report import most_rows
 from refusion.engine.auto import ChooseDecoder
 from refusion.engine.candidates import Candidates
 from refusion.engine.lanes import LaneKey
@@ -24,6 +23,7 @@ from refusion.engine.requests import NewRequest, Request, State, cache_room, dif
 from refusion.engine.runner import PromptRows, Runner
 from refusion.engine.seats import Seats
 from refusion.engine.shapes import seat_bucket
+from refusion.engine.sliding import seat_rows
 from refusion.engine.warm_up import Expected
 from refusion.errors import RequestError
 
@@ -250,7 +250,7 @@ class Scheduler:
         """Most rows of a seat that cannot do with fewer candidate lengths."""
         if key.slots is None:
             return 1
-        return most_rows(key.slots, key.width, key.slots.candidates() if self.batch_invariant else 0)
+        return seat_rows(key.slots, key.width, key.slots.candidates() if self.batch_invariant else 0)
 
     def _decide(self) -> bool:
         """The first undecided request goes where it would be decoded fastest, once a seat there is free. False if nobody went.

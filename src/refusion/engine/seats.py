@@ -15,15 +15,13 @@ import numpy as np
 from refusion.decoding.diffusion_params import MaskedDiffusionParams
 from refusion.decoding.diffusion_report import CACHED, NEXT_ROWS
 from refusion.decoding.diffusion_rounds import DiffusionRounds
-from refusion.decoding.refusion_report import ReportColumns
-from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import IS_DONE
-from refusion.decoding.state import DONE, VERIFY
-from refusion.engine.commits import Demand, commits, fresh_agenda, num_committed
-from refusion.engine.experience import Experience
+from refusion.decoding.sliding_rounds import SlidingRounds
+from refusion.engine.commits import commits, num_committed
 from refusion.engine.lanes import Lane, LaneKey
 from refusion.engine.requests import GAP, Request, Saved, State, cache_room, diffusion_rows, first_room
 from refusion.engine.runner import Runner
+from refusion.engine.sliding import AnyExperience, demand_of
 
 # B = seats, R = report columns, N = answer tokens
 
@@ -46,14 +44,13 @@ class Glance:
 class Seats:
     """Requests of one lane: those on seats and those that wait for one."""
 
-    def __init__(self, key: LaneKey, lane: Lane, num_seats: int, experience: Experience | None) -> None:
+    def __init__(self, key: LaneKey, lane: Lane, num_seats: int, experience: AnyExperience | None) -> None:
         """num_seats: most requests that may run together. experience: of slot lanes."""
         self.key, self.lane, self.num_seats, self.experience = key, lane, num_seats, experience
-        size = 1 if key.slots is None else key.slots.slot_size
-        self.most_committed = key.width * size
+        self.most_committed = key.width if key.slots is None else key.width * key.slots.slot_size + key.slots.sliding
         """Tokens one forward can commit for one request."""
         room = -(-key.max_tokens // self.most_committed) * self.most_committed
-        self.demand = Demand(lane.rounds.columns, lane.rounds.slots) if isinstance(lane.rounds, RefusionRounds) else None
+        self.demand = demand_of(lane.rounds)
         self._eos_ids = np.array(key.eos_ids, dtype=np.int32)
         self.requests: list[Request] = []
         self.waiting: list[tuple[int, Request]] = []  # a heap by arrival
@@ -154,10 +151,8 @@ class Seats:
             self.reports[seat, NEXT_ROWS] = self.lane.rounds.first_rows(num_prompt, sampling.max_tokens)
         else:
             self.lane.rounds.admit(seat, **given, last_token=int(request.prompt_ids[-1]))
-        if isinstance(self.lane.rounds, RefusionRounds):
-            agenda = fresh_agenda(self.lane.rounds.columns, self.lane.rounds.slots.num_slots(sampling.max_tokens))
-            first = self.lane.rounds.columns.agenda
-            self.reports[seat, first : first + len(agenda)] = agenda
+        if self.demand is not None:
+            self.demand.open(self.reports[seat], sampling.max_tokens)
         self.is_decoding[seat] = self.is_fresh[seat] = True
         request.state = State.RUNNING
 
@@ -214,15 +209,9 @@ class Seats:
         if self._is_short(2 * self.most_committed).any():  # by the forward under way, and by the next
             return None
         if self.demand is not None:
-            will_end = self._will_end(self.demand.columns, count)
+            will_end = self.demand.will_end(self.reports[:count], self._eos_ids)
             return None if will_end else max(self.demand.most_next(self.reports[:count], candidates), 1)
         return num_rows if (self.most_cached[:count] > self.cached[:count] + 1).any() else None
-
-    def _will_end(self, columns: ReportColumns, count: int) -> bool:
-        """Every seat has a planned EOS among what the forward under way verifies: behind it one would most likely run for nobody."""
-        reports = self.reports[:count]
-        planned = reports[:, columns.plans : columns.plans + self.most_committed, None]
-        return bool(((reports[:, columns.agenda] == VERIFY) & (planned == self._eos_ids).any(axis=(1, 2))).all())
 
     def _can_repeat_masked(self, count: int) -> bool:
         """Without a cache, a forward of masked diffusion runs prompt and answer whatever the one before it brought."""
@@ -250,7 +239,7 @@ class Seats:
         else:
             self.reports[:count][took_part] = report[took_part]
             new = new * took_part
-        if isinstance(self.lane.rounds, DiffusionRounds):
+        if isinstance(self.lane.rounds, DiffusionRounds | SlidingRounds):  # both say it in the same column
             self.cached[:count] = np.where(took_part, report[:, CACHED], self.cached[:count])
         else:
             self.cached[:count] += new
@@ -275,11 +264,11 @@ class Seats:
 
     def learn(self, glance: Glance) -> None:
         """Remember what slots took and brought; of many requests a part of the forwards says enough."""
-        rounds = self.lane.rounds
-        if self.experience is None or self.demand is None or not isinstance(rounds, RefusionRounds):
+        if self.experience is None:
             return
         if len(glance.requests) <= 8 or self.num_forwards % 4 == 0:
-            self.experience.learn(rounds, self.demand, glance.before, glance.report, glance.took_part, glance.num_tokens)
+            assert self.demand is not None, "slots have both"
+            self.experience.learn(self.demand, glance.before, glance.report, glance.took_part, glance.num_tokens)
 
     def leave(self, request: Request) -> list[int]:
         """Take a request from its seat; the last one moves to it. Returns its pages, which it no longer has."""
@@ -338,7 +327,7 @@ class Seats:
 
     def _set_phase_done(self, seat: int) -> None:
         """It needs no rows."""
-        if isinstance(self.lane.rounds, RefusionRounds):
-            self.reports[seat, self.lane.rounds.columns.agenda] = DONE
+        if self.demand is not None:
+            self.demand.close(self.reports[seat])
         elif isinstance(self.lane.rounds, DiffusionRounds):
             self.reports[seat, NEXT_ROWS] = 0

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from refusion.decoding.diffusion_params import MaskedDiffusionParams
-from refusion.decoding.refusion_report import most_rows
 from refusion.engine.candidates import Candidates
 from refusion.engine.lanes import LaneKey
 from refusion.engine.runner import fewest_rows
 from refusion.engine.shapes import PROMPT_ROWS, SEATS, at_least, row_bucket
+from refusion.engine.sliding import seat_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def _slot_shapes(
     assert key.slots is not None, "slots are cut in slot lanes"
     size = key.slots.slot_size
     chosen = candidates.choose(candidates.experience(key.slots, key.width), seated[1]).candidates
-    most = row_bucket(min(seated[1] * most_rows(key.slots, key.width, chosen), load.decode_rows), num_seats, has_prompt=num_prompt > 0)
+    most = row_bucket(min(seated[1] * seat_rows(key.slots, key.width, chosen), load.decode_rows), num_seats, has_prompt=num_prompt > 0)
     rows = fewest_rows(key, num_seats) if num_prompt else seated[0] * size
     while (bucket := row_bucket(rows, num_seats, has_prompt=num_prompt > 0)) < most:
         yield WantedShape(num_seats, bucket, num_prompt, chosen)

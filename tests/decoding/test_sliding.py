@@ -1,0 +1,126 @@
+"""Sliding slots over flat rows against the reference that runs one row at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from flat import Request, ScriptedRows, Server
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scripted import Row, ScriptedForward, certain, hashed_language
+from sliding_reference import SlidingReference
+
+from refusion.decoding.params import SamplingParams, SlotParams, SlotSettings
+from refusion.decoding.sliding import SlidingTrace, decode_sliding
+from refusion.decoding.sliding_report import most_rows
+from refusion.decoding.sliding_rounds import SlidingRounds
+from refusion.errors import ConfigError
+
+MASK, EOS, VOCAB = 1, 0, 6
+EOS_IDS = torch.tensor([EOS])
+CPU = torch.device("cpu")
+DRAWING = st.sampled_from([{}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.7}])
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> list[Request]:
+    return [
+        Request(
+            prompt=draw(st.lists(st.integers(2, VOCAB - 1), min_size=1, max_size=5)),
+            max_tokens=draw(st.integers(1, 16)),
+            seed=draw(st.integers(-5, 5)),
+            arrival=draw(st.integers(0, 6)),
+            chunk=draw(st.sampled_from([1, 2, 1000])),
+        )
+        for _ in range(draw(st.integers(1, 4)))
+    ]
+
+
+@st.composite
+def sliding_settings(draw: st.DrawFn) -> SlotSettings:
+    return SlotSettings(
+        slot_size=draw(st.integers(1, 6)),
+        token_threshold=draw(st.sampled_from([0.0, 0.2, 0.4, 0.8, 1.0])),
+        acceptance=draw(st.sampled_from(["paper", "argmax"])),
+        infill_length=draw(st.sampled_from([None, 1, 2, 4])),
+        alternatives=draw(st.sampled_from([0, 1, 3])),
+        max_candidates=draw(st.sampled_from([None, 0, 1, 4])),
+        sliding=True,
+    )
+
+
+LANGUAGE = st.builds(
+    lambda peak, bonus: hashed_language(VOCAB, peak=peak, eos_id=EOS, eos_bonus=bonus),
+    st.sampled_from([2.0, 8.0]),
+    st.sampled_from([-4.0, 0.0, 2.0]),
+)
+
+
+def rounds_of(slots: SlotSettings, num_seats: int) -> SlidingRounds:
+    return SlidingRounds(slots, num_seats, mask_id=MASK, eos_ids=EOS_IDS, device=CPU, use_kernels=False)
+
+
+def server(rounds: SlidingRounds, script: Any, num_seats: int, **drawing: Any) -> Server:
+    return Server(rounds, ScriptedRows(script, num_seats * 16 * 4), num_seats=num_seats, pages_per_seat=16, banned=[MASK], **drawing)
+
+
+def reference(script: Any, request: Request, slots: SlotSettings, **drawing: Any) -> SlidingReference:
+    return SlidingReference(
+        script, request.prompt, slots, request.max_tokens, MASK, [EOS], banned=[MASK], seed=request.seed, **drawing
+    ).run()
+
+
+def plain(script: Any, request: Request, slots: SlotSettings, **drawing: Any) -> SlidingTrace:
+    sampling = SamplingParams(max_tokens=request.max_tokens, seed=request.seed, **drawing)
+    return decode_sliding(ScriptedForward(script, [MASK]), request.prompt, slots, sampling, mask_id=MASK, eos_ids=[EOS])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(sliding_settings(), requests(), DRAWING, LANGUAGE, st.integers(1, 3))
+def test_requests_that_come_and_go_get_the_tokens_and_forwards_of_the_reference(
+    slots: SlotSettings, asked: list[Request], drawing: dict[str, float], script: Any, num_seats: int
+) -> None:
+    rounds = rounds_of(slots, num_seats)
+    server(rounds, script, num_seats, **drawing).serve(asked, lambda forward: 0)
+    for request in asked:
+        expected = reference(script, request, slots, **drawing)
+        assert (request.text([EOS]), len(request.reports)) == (expected.token_ids, expected.num_forwards)
+        assert plain(script, request, slots, **drawing) == SlidingTrace(expected.token_ids, expected.num_forwards)
+        assert all(report.num_rows <= most_rows(slots) for report in request.reports)
+
+
+def test_by_hand() -> None:
+    """The text counts 2, 3, 4, 5, 2, ...; masks count as well, but say 5 where a 4 should stand, with 4 as the runner-up."""
+    right = {2: 3, 3: 4, 4: 5, 5: 2}
+
+    def script(row: Row) -> torch.Tensor:
+        known = {position: token for position, token in row.seen if token in right}
+        last = max(known)
+        token = known[last]
+        for _ in range(row.position - last if row.token == MASK else 1):  # a mask names its own place, a token the next
+            token = right[token]
+        if row.token == MASK and token == 4:
+            return certain({5: 0.6, 4: 0.3}, VOCAB)
+        return certain({token: 0.9}, VOCAB)
+
+    slots = SlotSettings(slot_size=4, infill_length=2, alternatives=1, max_candidates=2, token_threshold=1.0, sliding=True)
+    asked = Request([2], 10)
+    server(rounds_of(slots, 1), script, 1).serve([asked], lambda forward: 0)
+    assert asked.text([EOS]) == [3, 4, 5, 2, 3, 4, 5, 2, 3, 4]
+    # 3 is named by the prompt, and a slot planned: 5 (wrong), 5, 2. Then 4 is the runner-up and stands, its own row names 5, one mask
+    # behind it drafts 2. That passes and 3 is named; the plan of two behind it has 5 (wrong) for 4. And so on, to the end.
+    assert [[news.token_ids for news in report.committed] for report in asked.reports] == [
+        [(3,)], [(4, 5)], [(2, 3)], [(4, 5)], [(2, 3)], [(4,)],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"block_size": 16}, {"serial_blocks": 2}, {"correction": "paper"}],
+    ids=["block", "serial", "correction"],
+)
+def test_what_cannot_slide_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong)).split("_")[0]):
+        SlotParams(**({"slot_size": 8, "sliding": True} | wrong))
