@@ -11,14 +11,14 @@ from refusion.decoding.forward import Readout
 from refusion.decoding.packing import put_rows, put_tiles
 from refusion.decoding.rounds import IS_DONE, NUM_COMMON, SeatReport, SlotNews
 from refusion.decoding.row_buffers import RowBuffers, cache_targets
-from refusion.decoding.seats import SeatTable
+from refusion.decoding.seats import SeatedRounds, SeatTable
 from refusion.model.rows import PADDING, Rows, Spans, Tiles
 from refusion.model.segments import NO_PARENT
 
 # B = seats, T = decode rows of a forward
 
 
-class AutoregressiveRounds:
+class AutoregressiveRounds(SeatedRounds):
     """See `refusion.decoding.rounds.Rounds`. One decode row per request: its last token, whose successor the forward yields.
 
     The prompt's last token is the first one. Same tokens as `refusion.decoding.autoregressive.AutoregressiveDecoder`.
@@ -45,15 +45,6 @@ class AutoregressiveRounds:
 
     def retire(self, seat: int) -> None:
         self.table.column("is_done", seat + 1)[seat].fill_(1)
-
-    def move(self, source: int, target: int) -> None:
-        self.table.move(source, target)
-
-    def snapshot(self, seat: int) -> dict[str, Tensor]:
-        return self.table.snapshot(seat)
-
-    def restore(self, seat: int, snapshot: dict[str, Tensor]) -> None:
-        self.table.restore(seat, snapshot)
 
     def num_rows(self, report: np.ndarray, candidates: int) -> np.ndarray:
         return 1 - report[:, IS_DONE]

@@ -21,7 +21,7 @@ from refusion.decoding.diffusion_verdicts import BlockVerdict, judge_blocks
 from refusion.decoding.forward import Readout
 from refusion.decoding.packing import put_tiles
 from refusion.decoding.rounds import SeatReport
-from refusion.decoding.seats import SeatTable
+from refusion.decoding.seats import SeatedRounds, SeatTable
 from refusion.model.rows import PADDING, Rows, Spans, Tiles
 from refusion.model.segments import NO_PARENT
 
@@ -37,7 +37,7 @@ class _Owners:
     position: Tensor
 
 
-class DiffusionRounds:
+class DiffusionRounds(SeatedRounds):
     """See `refusion.decoding.rounds.Rounds`. Unlike other rounds, these are read by `reads` alone: a readout has a row [B * K] for every
     token of a seat's block, as have `given_ids`, `seeds` and `attempts`; `source` and `target` have an entry for every decode row.
     """
@@ -105,15 +105,6 @@ class DiffusionRounds:
 
     def retire(self, seat: int) -> None:
         self.table.write(seat, dict(zip(SCALARS, (0, 0, 0, 0, 0, 0, 0, 1), strict=True)))
-
-    def move(self, source: int, target: int) -> None:
-        self.table.move(source, target)
-
-    def snapshot(self, seat: int) -> dict[str, Tensor]:
-        return self.table.snapshot(seat)
-
-    def restore(self, seat: int, snapshot: dict[str, Tensor]) -> None:
-        self.table.restore(seat, snapshot)
 
     def num_rows(self, report: np.ndarray, candidates: int) -> np.ndarray:
         return report[:, NEXT_ROWS]

@@ -20,7 +20,7 @@ from refusion.decoding.params import ALTERNATIVE_LENGTHS, SlotSettings
 from refusion.decoding.refusion_report import AGENDA, ReportColumns, rows_needed, seat_report
 from refusion.decoding.rounds import SeatReport
 from refusion.decoding.row_buffers import RowBuffers, cache_targets
-from refusion.decoding.seats import SeatTable
+from refusion.decoding.seats import SeatedRounds, SeatTable
 from refusion.decoding.settling.settle import settle_forward
 from refusion.decoding.settling.step_report import StepReport
 from refusion.decoding.state import CHOSEN, CLOSED, DONE, OPEN, PLAN, DecodeState
@@ -32,7 +32,7 @@ SCALARS = {"prompt_lengths": "prompt_length", "seeds": "seed", "phase": "phase",
 """Fields of `DecodeState` -> columns of the table."""
 
 
-class RefusionRounds:
+class RefusionRounds(SeatedRounds):
     """See `refusion.decoding.rounds.Rounds`."""
 
     def __init__(
@@ -107,15 +107,6 @@ class RefusionRounds:
     def retire(self, seat: int) -> None:
         self.table.column("phase", seat + 1)[seat].fill_(DONE)
         self.table.group("agenda", seat + 1)[seat, 0].fill_(DONE)
-
-    def move(self, source: int, target: int) -> None:
-        self.table.move(source, target)
-
-    def snapshot(self, seat: int) -> dict[str, Tensor]:
-        return self.table.snapshot(seat)
-
-    def restore(self, seat: int, snapshot: dict[str, Tensor]) -> None:
-        self.table.restore(seat, snapshot)
 
     def num_rows(self, report: np.ndarray, candidates: int) -> np.ndarray:
         first = self.columns.agenda

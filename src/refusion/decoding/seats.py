@@ -49,3 +49,18 @@ class SeatTable:
     def restore(self, seat: int, snapshot: dict[str, Tensor]) -> None:
         """Put a saved line on a seat."""
         self.values[seat].copy_(snapshot["line"])
+
+
+class SeatedRounds:
+    """Rounds whose whole state of a seat is its line of a table; see `refusion.decoding.rounds.Rounds`."""
+
+    table: SeatTable
+
+    def move(self, source: int, target: int) -> None:
+        self.table.move(source, target)
+
+    def snapshot(self, seat: int) -> dict[str, Tensor]:
+        return self.table.snapshot(seat)
+
+    def restore(self, seat: int, snapshot: dict[str, Tensor]) -> None:
+        self.table.restore(seat, snapshot)

@@ -19,7 +19,7 @@ from refusion.decoding.packing import put_rows, put_tiles
 from refusion.decoding.params import SlotSettings
 from refusion.decoding.rounds import SeatReport
 from refusion.decoding.row_buffers import RowBuffers, cache_targets
-from refusion.decoding.seats import SeatTable
+from refusion.decoding.seats import SeatedRounds, SeatTable
 from refusion.decoding.sliding_report import IS_WHOLE, NUM_DRAFTED, NUM_KNOWN, most_rows, num_tried, report_width, rows_needed, seat_report
 from refusion.model.rows import PADDING, Rows, Spans, Tiles
 from refusion.model.segments import NO_PARENT, TRUNK
@@ -91,7 +91,7 @@ class _Chain:
     is_draft: Tensor  # [B, N]
 
 
-class SlidingRounds:
+class SlidingRounds(SeatedRounds):
     """See `refusion.decoding.rounds.Rounds`."""
 
     def __init__(
@@ -133,15 +133,6 @@ class SlidingRounds:
 
     def retire(self, seat: int) -> None:
         self.table.column("is_done", seat + 1)[seat].fill_(1)
-
-    def move(self, source: int, target: int) -> None:
-        self.table.move(source, target)
-
-    def snapshot(self, seat: int) -> dict[str, Tensor]:
-        return self.table.snapshot(seat)
-
-    def restore(self, seat: int, snapshot: dict[str, Tensor]) -> None:
-        self.table.restore(seat, snapshot)
 
     def num_rows(self, report: np.ndarray, candidates: int) -> np.ndarray:
         return rows_needed(report[:, NUM_KNOWN], report[:, NUM_DRAFTED], report[:, IS_WHOLE], self.slots)
