@@ -35,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 TESTS = [
     *(f"tests/model/test_kernels_{name}.py" for name in ("linear", "attention", "readout", "invariant")),
     "tests/decoding/test_rounds_kernels.py",
+    "tests/decoding/test_sliding_kernels.py",
     "tests/decoding/test_diffusion_kernels.py",
     "tests/engine/test_diffusion_lanes.py",
     "tests/engine/test_golden_runner.py",
