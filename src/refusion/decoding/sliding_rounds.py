@@ -195,7 +195,9 @@ class SlidingRounds(SeatedRounds):
         parts: list[tuple[Tensor, ...]] = []  # token, place behind the chain's first, segment, rank, parent, visible, trunk, given, needed
 
         def part(shape: torch.Size, *values: Tensor | int) -> None:
-            parts.append(tuple(torch.as_tensor(value, device=device).expand(shape).flatten(1) for value in values))
+            # A number becomes a tensor where it is needed: a copy from the host could not be captured.
+            whole = (value if isinstance(value, Tensor) else torch.full((), value, device=device) for value in values)
+            parts.append(tuple(value.expand(shape).flatten(1) for value in whole))
 
         place = torch.arange(self.num_kept, device=device)  # of the chain
         following = torch.cat((chain[:, 1:], chain[:, :1]), dim=1)
