@@ -91,11 +91,13 @@ def test_shapes_hold_what_they_are_asked_for() -> None:
     assert row_bucket(5000) == 8192
 
 
-@pytest.mark.parametrize("kind", ["refusion", "autoregressive"])
+@pytest.mark.parametrize("kind", ["refusion", "sliding", "autoregressive"])
 @pytest.mark.parametrize("num_requests", [1, 5, 100])
 def test_the_shapes_made_ready_cover_every_number_of_requests(kind: str, num_requests: int) -> None:
     candidates = Candidates(lambda: COSTS, 4096)
-    key = lane_key(new_request([7], [], decoder=kind, slots=SlotSettings(slot_size=16)), kind)
+    slots = SlotSettings(slot_size=16, sliding=kind == "sliding", infill_length=4 if kind == "sliding" else None)
+    decoder = "refusion" if kind == "sliding" else kind
+    key = lane_key(new_request([7], [], decoder=decoder, slots=slots), decoder)
     load = Expected(num_requests=num_requests, prompt_tokens=300, answer_tokens=64, most_seats=128, prompt_rows=2048, decode_rows=4096)
     found = list(wanted_shapes(key, candidates, load))
     assert len(found) == len(set(found)) <= 250
@@ -109,7 +111,9 @@ def test_the_shapes_made_ready_cover_every_number_of_requests(kind: str, num_req
             continue
         (chosen,) = {shape.candidates for shape in here}
         groups = 16 * chosen - chosen * (chosen + 1) // 2
-        for rows in (16 * count, min(count * (32 + groups), 4096)):
+        # Sliding: from a token and the masks behind it to two tokens, a slot of drafts, masks behind two lengths and a plan.
+        least, most = (5, 2 + 15 + 2 * 4 + 16) if kind == "sliding" else (16, 32 + groups)
+        for rows in (least * count, min(count * most, 4096)):
             assert row_bucket(rows, bucket) in {shape.num_rows for shape in here if shape.num_prompt_rows == 0}
 
 

@@ -91,3 +91,8 @@ def demand_of(rounds: RefusionRounds | SlidingRounds | AutoregressiveRounds | Di
 def seat_rows(slots: SlotSettings, width: int, candidates: int) -> int:
     """Rows of any forward of a seat at most, with so many lengths where that can be chosen."""
     return sliding_report.most_rows(slots) if slots.sliding else refusion_report.most_rows(slots, width, candidates)
+
+
+def seat_least_rows(slots: SlotSettings) -> int:
+    """Rows of a forward of a seat at least: a slot that is planned, or what stands and the masks behind it."""
+    return 1 + slots.most_masks if slots.sliding else slots.slot_size

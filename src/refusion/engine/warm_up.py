@@ -8,7 +8,7 @@ from refusion.engine.candidates import Candidates
 from refusion.engine.lanes import LaneKey
 from refusion.engine.runner import fewest_rows
 from refusion.engine.shapes import PROMPT_ROWS, SEATS, at_least, row_bucket
-from refusion.engine.sliding import seat_rows
+from refusion.engine.sliding import seat_least_rows, seat_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +80,11 @@ def _diffusion_shapes(key: LaneKey, load: Expected, num_seats: int, seated: tupl
 def _slot_shapes(
     key: LaneKey, candidates: Candidates, load: Expected, num_prompt: int, num_seats: int, seated: tuple[int, int]
 ) -> Iterator[WantedShape]:
-    """From the fewest rows of the fewest requests, a slot each, to everything in one forward."""
+    """From the fewest rows of the fewest requests to everything in one forward."""
     assert key.slots is not None, "slots are cut in slot lanes"
-    size = key.slots.slot_size
     chosen = candidates.choose(candidates.experience(key.slots, key.width), seated[1]).candidates
     most = row_bucket(min(seated[1] * seat_rows(key.slots, key.width, chosen), load.decode_rows), num_seats, has_prompt=num_prompt > 0)
-    rows = fewest_rows(key, num_seats) if num_prompt else seated[0] * size
+    rows = fewest_rows(key, num_seats) if num_prompt else seated[0] * seat_least_rows(key.slots)
     while (bucket := row_bucket(rows, num_seats, has_prompt=num_prompt > 0)) < most:
         yield WantedShape(num_seats, bucket, num_prompt, chosen)
         rows = bucket + 1
