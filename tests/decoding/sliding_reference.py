@@ -73,7 +73,7 @@ class SlidingReference:
                 new_drafts = self._masks(before, place, self.slots.most_masks)[1:]
             else:
                 new_drafts = []
-            plans_whole = stands == len(chain)
+            plans_whole = stands == len(chain) and (len(drafts) > 0 or plans_whole)
             assert len(self.token_ids) == attempt_before, "everything of a forward is drawn with one attempt"
             rows, known, drafts = before, new_known, new_drafts
             if self._write([*accepted, *known]):
@@ -105,11 +105,14 @@ class SlidingReference:
 
     def _passes(self, row: Row, token: int) -> bool:
         readout = self._readout(row, token)
+        if self.slots.acceptance == "exact":
+            return int(readout.token_ids) == token
         is_argmax = self.slots.acceptance == "argmax" and bool(readout.given_is_argmax)
         return float(readout.given_probability) > self.slots.token_threshold or is_argmax
 
     def _readout(self, row: Row, given: int) -> Readout:
-        draw = Draw(self.temperature, self.top_p, torch.tensor([self.seed]), torch.tensor([len(self.token_ids) + 1]))
+        attempt = 1 if self.slots.acceptance == "exact" else len(self.token_ids) + 1
+        draw = Draw(self.temperature, self.top_p, torch.tensor([self.seed]), torch.tensor([attempt]))
         keys = Rows(draw.seeds, draw.attempts, torch.tensor([row.position]), torch.tensor([given]))
         banned = torch.tensor(list(self.banned), dtype=torch.long)
         return readout_logits(self.script(row).clone()[None], banned, draw, keys, self.slots.alternatives)

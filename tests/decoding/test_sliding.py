@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from scripted import Row, ScriptedForward, certain, hashed_language
 from sliding_reference import SlidingReference
 
+from refusion.decoding.autoregressive_rounds import AutoregressiveRounds
 from refusion.decoding.params import SamplingParams, SlotParams, SlotSettings
 from refusion.decoding.sliding import SlidingTrace, decode_sliding
 from refusion.decoding.sliding_report import most_rows
@@ -43,7 +45,7 @@ def sliding_settings(draw: st.DrawFn) -> SlotSettings:
     return SlotSettings(
         slot_size=draw(st.integers(1, 6)),
         token_threshold=draw(st.sampled_from([0.0, 0.2, 0.4, 0.8, 1.0])),
-        acceptance=draw(st.sampled_from(["paper", "argmax"])),
+        acceptance=draw(st.sampled_from(["paper", "argmax", "exact"])),
         infill_length=draw(st.sampled_from([None, 1, 2, 4])),
         alternatives=draw(st.sampled_from([0, 1, 3])),
         max_candidates=draw(st.sampled_from([None, 0, 1, 4])),
@@ -83,12 +85,28 @@ def test_requests_that_come_and_go_get_the_tokens_and_forwards_of_the_reference(
     slots: SlotSettings, asked: list[Request], drawing: dict[str, float], script: Any, num_seats: int
 ) -> None:
     rounds = rounds_of(slots, num_seats)
-    server(rounds, script, num_seats, **drawing).serve(asked, lambda forward: 0)
+    server(rounds, script, num_seats, **drawing).serve(asked, lambda forward: slots.candidates())
     for request in asked:
         expected = reference(script, request, slots, **drawing)
         assert (request.text([EOS]), len(request.reports)) == (expected.token_ids, expected.num_forwards)
         assert plain(script, request, slots, **drawing) == SlidingTrace(expected.token_ids, expected.num_forwards)
         assert all(report.num_rows <= most_rows(slots) for report in request.reports)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(sliding_settings(), requests(), DRAWING, LANGUAGE, st.lists(st.integers(0, 6), min_size=1, max_size=5))
+def test_exact_slots_write_what_one_token_at_a_time_does_whatever_is_prepared(
+    slots: SlotSettings, asked: list[Request], drawing: dict[str, float], script: Any, wanted: list[int]
+) -> None:
+    """Also if the engine wants another number of lengths for every forward, and if tokens are drawn."""
+    exact = replace(slots, acceptance="exact")
+    server(rounds_of(exact, 2), script, 2, **drawing).serve(asked, lambda forward: wanted[forward % len(wanted)])
+    one_by_one = [replace(request, answer={}, reports=[], num_prefilled=0) for request in asked]
+    rounds = AutoregressiveRounds(2, eos_ids=EOS_IDS, device=CPU, use_kernels=False)
+    Server(rounds, ScriptedRows(script, 128), num_seats=2, pages_per_seat=16, banned=[MASK], is_autoregressive=True, **drawing).serve(
+        one_by_one
+    )
+    assert [request.text([EOS]) for request in asked] == [request.text([EOS]) for request in one_by_one]
 
 
 def test_by_hand() -> None:
@@ -118,9 +136,9 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"block_size": 16}, {"serial_blocks": 2}, {"correction": "paper"}],
-    ids=["block", "serial", "correction"],
+    [{"block_size": 16}, {"serial_blocks": 2}, {"correction": "paper"}, {"sliding": False, "acceptance": "exact"}],
+    ids=["block", "serial", "correction", "exact"],
 )
 def test_what_cannot_slide_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(wrong)).split("_")[0]):
+    with pytest.raises(ConfigError, match=next(reversed(wrong)).split("_")[0]):
         SlotParams(**({"slot_size": 8, "sliding": True} | wrong))

@@ -25,6 +25,7 @@ from refusion.engine.settings import EngineSettings
 MASK, EOS = 5, 2
 SLOTS = SlotSettings(slot_size=4, block_size=8, slot_threshold=0.3, token_threshold=0.1)
 SLIDING = SlotSettings(slot_size=6, token_threshold=0.1, alternatives=2, infill_length=3, max_candidates=2, sliding=True)
+EXACT = SlotSettings(slot_size=6, acceptance="exact", alternatives=2, infill_length=3, sliding=True)
 DIFFUSION: dict[str, DiffusionParams] = {
     "masked_diffusion": MaskedDiffusionParams(block_size=6, steps=4),
     "block_diffusion": BlockDiffusionParams(block_size=4, threshold=0.3),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ from refusion.engine.core import Engine
 from refusion.engine.costs import CostTable
 from refusion.engine.experience import Experience
 from refusion.engine.requests import Answer, lane_key
+from refusion.engine.sliding import SlidingExperience
 
 FLAT = CostTable((1, 1000), (1.0, 1.0))
 STEEP = CostTable((1, 1000), (0.01, 10.0))  # every row costs the same
 BENT = CostTable((1, 100, 1000), (1.0, 1.0, 10.0))  # a hundred rows for the price of one
 H100 = CostTable((1, 16, 64, 128, 192, 512, 4096), (7.1e-4, 8.8e-4, 1e-3, 1.2e-3, 1.4e-3, 2.4e-3, 1.3e-2))
 LONG = SlotSettings(slot_size=16, block_size=16)
+SLIDING_SLOTS = SlotSettings(slot_size=16, acceptance="exact", infill_length=4, alternatives=2, sliding=True)
 ASKED = new_request([7], [], decoder="auto")
 
 
@@ -128,6 +131,42 @@ def test_what_is_learned_does_not_depend_on_the_number_used(new_engine: Callable
         found.append((experience.weight, experience.tokens, experience.share_judged, *experience.advanced, *experience.rows))
         assert experience.weight > 100
     assert found[0] == pytest.approx(found[1])
+
+
+def test_lengths_of_exact_sliding_slots_follow_the_cost_of_rows() -> None:
+    experience = SlidingExperience(SLIDING_SLOTS, 2.6)
+    assert experience.ladder == (4, 3, 2, 1, 0)
+    assert experience.tokens_per_forward[0] == pytest.approx(2.6)
+    assert (np.diff(experience.tokens_per_forward) < 0).all()  # the ladder falls
+    assert (np.diff(experience.rows_per_forward) < 0).all()
+    assert Candidates(lambda: FLAT, 4096).choose(experience, 1).candidates == 4
+    assert Candidates(lambda: STEEP, 4096).choose(experience, 1).candidates == 0
+    by_seats = [Candidates(lambda: H100, 4096).choose(experience, seats).candidates for seats in (1, 8, 32, 128)]
+    assert by_seats == sorted(by_seats, reverse=True)
+    assert by_seats[0] > by_seats[-1]
+    for fixed in (replace(SLIDING_SLOTS, max_candidates=3), replace(SLIDING_SLOTS, acceptance="argmax", max_candidates=3)):
+        assert SlidingExperience(fixed).ladder == (3,)
+
+
+def test_what_sliding_slots_teach_does_not_depend_on_the_number_used(new_engine: Callable[..., Engine]) -> None:
+    """With all lengths prepared and with none, but for drafts that stand behind a correction or not."""
+    found = []
+    slots = SlotSettings(slot_size=6, block_size=6, acceptance="exact", infill_length=3, sliding=True)  # as a lane says it
+    for costs in (FLAT, STEEP):
+        engine = new_engine(max_num_seqs=1, costs=costs)
+        answers: list[Answer] = []
+        for index in range(12):
+            engine.add(new_request([7, 8, index], answers, index=index, max_tokens=64, slots=slots, eos_ids=(9999,)))
+        run(engine)
+        experience = engine.scheduler.candidates.experience(slots, 1)
+        assert isinstance(experience, SlidingExperience)
+        assert experience.weight > 200
+        seen = sum(answer.num_generated for answer in answers) / sum(answer.num_forwards for answer in answers)
+        used = experience.ladder.index(4 if costs is FLAT else 0)
+        assert experience.tokens_per_forward[used] == pytest.approx(seen, rel=0.1)
+        found.append(experience)
+    assert found[0].tokens_per_forward == pytest.approx(found[1].tokens_per_forward, rel=0.1)
+    assert found[0].rows == pytest.approx(found[1].rows, rel=0.15)
 
 
 @pytest.mark.parametrize(("alternatives", "infill_length"), [(0, None), (2, None), (2, 3)])

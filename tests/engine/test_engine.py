@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engines import SLIDING, SLOTS, Plain, check, is_idle, new_request, run
+from engines import EXACT, SLIDING, SLOTS, Plain, check, is_idle, new_request, run
 
 from refusion.decoding.events import Event
 from refusion.decoding.params import SlotSettings
@@ -30,7 +30,7 @@ def answer_all(engine: Engine, prompts: list[list[int]], **options: object) -> l
 # ---- the same tokens as the plain decoder ----
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "sliding"])
+@pytest.mark.parametrize("kind", [*KINDS, "sliding", "exact"])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 1.0, "top_p": 0.8}], ids=str)
 @pytest.mark.parametrize(
     "settings",
@@ -49,7 +49,8 @@ def test_tokens_and_forwards_are_those_of_the_plain_decoder(
     new_engine: NewEngine, plain: Plain, kind: str, sampling: dict[str, float], settings: dict[str, Any]
 ) -> None:
     # Many ids end an answer, so that requests finish at different times and others take their seats.
-    how = {"decoder": "refusion", "slots": SLIDING} if kind == "sliding" else {"decoder": kind}
+    sliding = {"sliding": SLIDING, "exact": EXACT}
+    how = {"decoder": "refusion", "slots": sliding[kind]} if kind in sliding else {"decoder": kind}
     options = {**how, "eos_ids": tuple(range(40, 52)), **sampling}
     engine = new_engine(**settings)
     answers = answer_all(engine, PROMPTS, **options)
@@ -66,10 +67,14 @@ def test_tokens_and_forwards_are_those_of_the_plain_decoder(
     assert is_idle(engine)
 
 
-def test_sliding_where_the_argmax_alone_passes_writes_what_one_by_one_decoding_does(new_engine: NewEngine, plain: Plain) -> None:
-    slots = SlotSettings(slot_size=8, token_threshold=1.0, alternatives=2, infill_length=3, sliding=True)
-    for prompt, answer in zip(PROMPTS, answer_all(new_engine(), PROMPTS, slots=slots, max_tokens=24), strict=True):
-        assert answer.token_ids == plain(new_request(prompt, [], decoder="autoregressive", max_tokens=24))[0]
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 1.0, "top_p": 0.8}], ids=str)
+@pytest.mark.parametrize("costs", [CostTable((1, 64), (1.0, 1.0)), CostTable((1, 1000), (0.001, 1.0))], ids=["free rows", "dear rows"])
+def test_exact_slots_write_what_one_by_one_decoding_does(
+    new_engine: NewEngine, plain: Plain, sampling: dict[str, float], costs: CostTable
+) -> None:
+    for prompt, answer in zip(PROMPTS, answer_all(new_engine(costs=costs), PROMPTS, slots=EXACT, max_tokens=24, **sampling), strict=True):
+        one_by_one = new_request(prompt, [], decoder="autoregressive", max_tokens=24, **sampling)  # type: ignore[arg-type]
+        assert answer.token_ids == plain(one_by_one)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from engines import SLIDING, Plain, check, is_idle, make_engine, new_request, run
+from engines import EXACT, SLIDING, Plain, check, is_idle, make_engine, new_request, run
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
@@ -24,6 +24,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"decoder": "refusion", "slots": SlotSettings(slot_size=3, block_size=3, acceptance="paper", correction="paper")},
     {"decoder": "refusion", "slots": SLIDING},
     {"decoder": "refusion", "slots": SLIDING, "temperature": 1.0},
+    {"decoder": "refusion", "slots": EXACT},
     {"decoder": "autoregressive"},
     {"decoder": "autoregressive", "temperature": 1.0},
     {"decoder": "masked_diffusion"},

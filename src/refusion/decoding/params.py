@@ -18,8 +18,10 @@ ALTERNATIVE_LENGTHS = 4
 """Alternatives are tried for drafts that fail among the first so many; later ones fail too rarely to be worth their rows."""
 SLIDING_LENGTHS = 2
 """Accepted lengths a sliding forward prepares for, unless max_candidates says otherwise."""
+EXACT_LENGTHS = 4
+"""The same at most where acceptance is exact: how many pay depends on the machine and the load, and changes no token."""
 
-Acceptance = Literal["paper", "argmax"]
+Acceptance = Literal["paper", "argmax", "exact"]
 Correction = Literal["paper", "autoregressive"]
 
 
@@ -67,7 +69,8 @@ class SlotParams:
     token_threshold: float | None = None
     """A drafted token passes if it is more probable than this given what stands before it, in [0, 1]."""
     acceptance: Acceptance | None = None
-    """`paper`: p > token_threshold; `argmax`: that, or the token is the most probable one."""
+    """`paper`: p > token_threshold; `argmax`: that, or the token is the most probable one; `exact`: it is the very token that would be
+    written there, so that the text is the one that autoregressive decoding writes with the same weights and seed. For sliding slots."""
     correction: Correction | None = None
     """What stands in for the first draft that fails: `paper`: the next mask prediction; `autoregressive`: the token that judged it. Then
     the last row of the prompt and of a finished slot names the first token of the slot behind it; one begun before that keeps its own."""
@@ -84,7 +87,7 @@ class SlotParams:
     sliding: bool | None = None
     """Slots begin where the text ends: what a forward accepts is final at once, and drafts run on past it. Behind drafts that all passed a
     whole slot is planned, behind a failed one as many tokens as `infill_length` says. Needs correction `autoregressive` and one slot to a
-    block; here `max_candidates` can change which drafts there are, and so, with token thresholds below 1, the text."""
+    block. Unless acceptance is `exact`, `max_candidates` can change which drafts there are, and so the text."""
 
     def __post_init__(self) -> None:
         is_cut_once = self.block_size is None or self.serial_blocks is None
@@ -107,6 +110,8 @@ class SlotParams:
             base.pop("sliding", None)  # what was asked for has blocks
         if given.get("sliding") and not base.get("sliding"):
             base.pop("max_candidates", None)  # a number of lengths for slots that stay where they are
+        if base.get("acceptance") == "exact" and ("token_threshold" in given or not given.get("sliding", base.get("sliding"))):
+            base["acceptance"] = "argmax"  # the nearest rule that has a threshold, and that slots have which do not slide
         unknown = base.keys() - {field.name for field in fields(SlotSettings)}
         _require(not unknown, "refusion block", sorted(unknown), f"made of {', '.join(field.name for field in fields(SlotSettings))}")
         return SlotSettings(**(base | given))
@@ -133,7 +138,9 @@ class SlotSettings:
         _require(1 <= self.slot_size <= MAX_SLOT_SIZE, "slot_size", self.slot_size, f"in [1, {MAX_SLOT_SIZE}]")
         _require(0.0 <= self.slot_threshold <= 1.0, "slot_threshold", self.slot_threshold, "in [0, 1]")
         _require(0.0 <= self.token_threshold <= 1.0, "token_threshold", self.token_threshold, "in [0, 1]")
-        _require(self.acceptance in ("paper", "argmax"), "acceptance", self.acceptance, "'paper' or 'argmax'")
+        _require(self.acceptance in ("paper", "argmax", "exact"), "acceptance", self.acceptance, "'paper', 'argmax' or 'exact'")
+        can_be_exact = self.acceptance != "exact" or self.sliding
+        _require(can_be_exact, "acceptance", self.acceptance, "'paper' or 'argmax' unless slots slide (sliding)")
         _require(self.correction in ("paper", "autoregressive"), "correction", self.correction, "'paper' or 'autoregressive'")
         _require(0 <= self.alternatives <= MAX_ALTERNATIVES, "alternatives", self.alternatives, f"in [0, {MAX_ALTERNATIVES}]")
         can_try = self.alternatives == 0 or self.correction == "autoregressive"
@@ -182,8 +189,9 @@ class SlotSettings:
         Length a takes slot_size - a mask rows, at most infill_length. Unless max_candidates says otherwise, as many lengths as FREE_ROWS
         rows hold: all 15 for slots of 16, 6 for slots of 32.
         """
+        sliding = EXACT_LENGTHS if self.acceptance == "exact" else SLIDING_LENGTHS
         if self.max_candidates is not None or self.sliding:
-            return min(SLIDING_LENGTHS if self.max_candidates is None else self.max_candidates, self.slot_size - 1)
+            return min(sliding if self.max_candidates is None else self.max_candidates, self.slot_size - 1)
         rows = accumulate(min(self.slot_size - length, self.most_masks) for length in range(1, self.slot_size))
         return sum(total <= FREE_ROWS for total in rows)
 

@@ -62,7 +62,7 @@ class _Sliding:
         while not is_over:
             num_rounds += 1
             start = len(self.written) - len(known)
-            chain = [*known, *(draft.token for draft in drafts)]
+            chain, has_drafts = [*known, *(draft.token for draft in drafts)], bool(drafts)
             stands = 0
 
             def passing(readout: Readout, chain: list[int] = chain, num_known: int = len(known)) -> int:
@@ -83,7 +83,7 @@ class _Sliding:
                 drafts = self._masks([named], start + stands + 1, slots.most_masks)
             else:
                 drafts = self._masks([], start + stands, slots.most_masks) if length <= lengths else []
-            plans_whole = stands == len(chain)
+            plans_whole = stands == len(chain) and (has_drafts or plans_whole)
             is_over = self._write([*accepted, *known])
         return SlidingTrace(self.written, num_rounds)
 
@@ -95,9 +95,12 @@ class _Sliding:
 
     def _num_passing(self, readout: Readout, chain: list[int], num_known: int) -> int:
         """Tokens of the chain that stand: what is known, and drafts up to the first that fails."""
-        passes = readout.given_probability[0] > self.slots.token_threshold
-        if self.slots.acceptance == "argmax":
-            passes = passes | readout.given_is_argmax[0]
+        if self.slots.acceptance == "exact":
+            passes = readout.token_ids[0, :-1] == torch.tensor(chain[1:])
+        else:
+            passes = readout.given_probability[0] > self.slots.token_threshold
+            if self.slots.acceptance == "argmax":
+                passes = passes | readout.given_is_argmax[0]
         for place in range(num_known, len(chain)):
             if not bool(passes[place - 1]):
                 return place
@@ -119,10 +122,9 @@ class _Sliding:
         positions = (len(self.prompt_ids) + place.clamp(max=last))[None]
         everything = torch.ones_like(token_ids, dtype=torch.bool)
         given_ids = torch.cat((token_ids[:, 1:], torch.zeros_like(token_ids[:, :1])), dim=1)
-        # Everything of a round is drawn with one attempt: what was written when it began.
-        draw = Draw(
-            self.sampling.temperature, self.sampling.top_p, torch.tensor([self.sampling.seed]), torch.tensor([len(self.written) + 1])
-        )
+        # Everything of a round is drawn with one attempt: what was written when it began, or always the first.
+        attempt = 1 if self.slots.acceptance == "exact" else len(self.written) + 1
+        draw = Draw(self.sampling.temperature, self.sampling.top_p, torch.tensor([self.sampling.seed]), torch.tensor([attempt]))
         count = self.slots.alternatives
         batch = ForwardBatch(token_ids, positions, Segments.causal(everything), everything, given_ids, draw, count)
         readout = self.forward(batch, self.cache)

@@ -21,21 +21,29 @@ def report_width(slot_size: int) -> int:
     return TOKENS + slot_size + 1
 
 
-def rows_needed(num_known: np.ndarray, num_drafted: np.ndarray, is_whole: np.ndarray, slots: SlotSettings) -> np.ndarray:
-    """[B] rows of a forward: the chain, masks behind every prepared length, a plan behind all drafts, alternatives."""
-    lengths = np.minimum(num_drafted, slots.candidates())
-    tried = np.minimum(num_drafted, num_tried(slots))
+def rows_needed(num_known: np.ndarray, num_drafted: np.ndarray, is_whole: np.ndarray, slots: SlotSettings, candidates: int) -> np.ndarray:
+    """[B] rows of a forward: the chain, masks behind every prepared length, a plan behind all drafts, alternatives.
+
+    candidates: lengths that forwards are to prepare for, see `num_lengths`.
+    """
+    lengths = np.minimum(num_drafted, num_lengths(slots, candidates))
+    tried = np.minimum(lengths, num_tried(slots))
     plan = np.where(is_whole != 0, slots.slot_size, slots.most_masks)
     return num_known + num_drafted + lengths * slots.most_masks + plan + tried * slots.alternatives * (1 + slots.most_masks)
 
 
-def most_next(num_drafted: np.ndarray, is_whole: np.ndarray, slots: SlotSettings) -> np.ndarray:
+def most_next(num_drafted: np.ndarray, is_whole: np.ndarray, slots: SlotSettings, candidates: int) -> np.ndarray:
     """[B] rows at most of the forward after one of so many drafts and such a plan, whatever that brings."""
     planned = np.where(is_whole != 0, slots.slot_size, slots.most_masks) - 1  # drafts of its plan, should all pass
     one = np.ones_like(num_drafted)
-    passed = rows_needed(one, planned, one, slots)
-    failed = rows_needed(2 * one, np.full_like(num_drafted, slots.most_masks - 1), 0 * one, slots)
+    passed = rows_needed(one, planned, one, slots, candidates)
+    failed = rows_needed(2 * one, np.full_like(num_drafted, slots.most_masks - 1), 0 * one, slots, candidates)
     return np.maximum(passed, np.where(num_drafted > 0, failed, 0))
+
+
+def num_lengths(slots: SlotSettings, candidates: int) -> int:
+    """Accepted lengths a forward prepares for if `candidates` are wanted; where the drafts change the text, always all of the settings."""
+    return min(candidates, slots.candidates()) if slots.acceptance == "exact" else slots.candidates()
 
 
 def num_tried(slots: SlotSettings) -> int:
@@ -43,9 +51,10 @@ def num_tried(slots: SlotSettings) -> int:
     return min(ALTERNATIVE_LENGTHS, slots.candidates()) if slots.alternatives else 0
 
 
-def most_rows(slots: SlotSettings) -> int:
-    """Rows of any forward of a seat at most."""
-    return int(rows_needed(np.array(2), np.array(slots.slot_size - 1), np.array(1), slots))
+def most_rows(slots: SlotSettings, candidates: int | None = None) -> int:
+    """Rows of any forward of a seat at most, with so many lengths prepared or, left out, with all of the settings."""
+    most = slots.candidates() if candidates is None else candidates
+    return int(rows_needed(np.array(2), np.array(slots.slot_size - 1), np.array(1), slots, most))
 
 
 def seat_report(line: np.ndarray) -> SeatReport:

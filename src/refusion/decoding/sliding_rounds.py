@@ -20,7 +20,17 @@ from refusion.decoding.params import SlotSettings
 from refusion.decoding.rounds import SeatReport
 from refusion.decoding.row_buffers import RowBuffers, cache_targets
 from refusion.decoding.seats import SeatedRounds, SeatTable
-from refusion.decoding.sliding_report import IS_WHOLE, NUM_DRAFTED, NUM_KNOWN, most_rows, num_tried, report_width, rows_needed, seat_report
+from refusion.decoding.sliding_report import (
+    IS_WHOLE,
+    NUM_DRAFTED,
+    NUM_KNOWN,
+    most_rows,
+    num_lengths,
+    num_tried,
+    report_width,
+    rows_needed,
+    seat_report,
+)
 from refusion.model.rows import PADDING, Rows, Spans, Tiles
 from refusion.model.segments import NO_PARENT, TRUNK
 
@@ -37,6 +47,7 @@ class _Before:
 
     known: Tensor
     drafted: Tensor
+    plans_whole: Tensor  # a whole slot
     planned: Tensor  # masks of the plan
     written: Tensor
     max_tokens: Tensor
@@ -58,7 +69,7 @@ class _Before:
         planned = torch.where(whole != 0, rounds.slot_size, rounds.slots.most_masks)
         chain, runner_ups = (rounds.table.group(name, num_seats).clone() for name in ("chain", "runner_ups"))
         runner_ups, first_ids = runner_ups.view(num_seats, rounds.num_kept, -1), rounds.first_ids[:num_seats].long()
-        return cls(known, drafted, planned, written, max_tokens, is_done == 0, chain, runner_ups, first, first_ids, num_rows)
+        return cls(known, drafted, whole != 0, planned, written, max_tokens, is_done == 0, chain, runner_ups, first, first_ids, num_rows)
 
     def read(self, values: Tensor, row: Tensor) -> Tensor:
         """What rows of the readout say; rows that did not fit say anything."""
@@ -135,12 +146,17 @@ class SlidingRounds(SeatedRounds):
         self.table.column("is_done", seat + 1)[seat].fill_(1)
 
     def num_rows(self, report: np.ndarray, candidates: int) -> np.ndarray:
-        return rows_needed(report[:, NUM_KNOWN], report[:, NUM_DRAFTED], report[:, IS_WHOLE], self.slots)
+        return rows_needed(report[:, NUM_KNOWN], report[:, NUM_DRAFTED], report[:, IS_WHOLE], self.slots, candidates)
 
     def first_draw(self, num_seats: int) -> tuple[Tensor, Tensor, Tensor]:
         """[B] seed, position and attempt that the first token of every seat is drawn with."""
         column = self.table.column
-        return column("seed", num_seats), column("prompt_length", num_seats) - 1, column("num_written", num_seats) + 1
+        return column("seed", num_seats), column("prompt_length", num_seats) - 1, self._attempts(num_seats)
+
+    def _attempts(self, num_seats: int) -> Tensor:
+        """[B] that a forward draws with. Exact slots write what one token at a time would, which is drawn with the first."""
+        written = self.table.column("num_written", num_seats)
+        return written + 1 if self.slots.acceptance != "exact" else torch.ones_like(written)
 
     def read(self, report_row: np.ndarray) -> SeatReport:
         return seat_report(report_row)
@@ -162,9 +178,9 @@ class SlidingRounds(SeatedRounds):
         if self.use_kernels:
             from refusion.decoding.kernels.sliding import lay_out  # triton is there only where there are kernels
 
-            lay_out(self, rows, spans, start=start, num_seats=num_seats, tiles=tiles, tile_start=tile_start)
+            lay_out(self, rows, spans, start=start, num_seats=num_seats, candidates=candidates, tiles=tiles, tile_start=tile_start)
             return
-        cells = self._cells(num_seats)
+        cells = self._cells(num_seats, candidates)
         needed = cells.pop("is_needed").bool()  # [B, X]
         count = needed.sum(dim=1)
         end = count.cumsum(dim=0)
@@ -182,8 +198,9 @@ class SlidingRounds(SeatedRounds):
         if tiles is not None:
             put_tiles(spans, tiles, tile_start)
 
-    def _cells(self, num_seats: int) -> dict[str, Tensor]:
+    def _cells(self, num_seats: int, candidates: int) -> dict[str, Tensor]:
         """Everything a seat's rows could be, [B, X] each: chain, groups behind lengths, plan, alternatives."""
+        prepared = num_lengths(self.slots, candidates)
         column, device = self.table.column, self.table.device
         known, drafted, whole = (column(name, num_seats)[:, None] for name in ("num_known", "num_drafted", "is_whole"))
         active = column("is_done", num_seats)[:, None] == 0
@@ -208,7 +225,8 @@ class SlidingRounds(SeatedRounds):
         length = torch.arange(1, lengths + 1, device=device)[:, None]  # [C, 1]
         seen = known[:, :, None] + length - 1  # [B, C, 1] the chain's tokens before the masks
         shape = torch.Size((num_seats, lengths, masks))
-        part(shape, self.mask_id, seen + mask, length, mask, CHAIN, seen, 0, 0, length <= drafted[:, :, None])
+        is_prepared = (length <= prepared) & (length <= drafted[:, :, None])
+        part(shape, self.mask_id, seen + mask, length, mask, CHAIN, seen, 0, 0, is_prepared)
         slot = torch.arange(size, device=device)
         planned = torch.where(whole != 0, size, masks)
         part(torch.Size((num_seats, size)), self.mask_id, known + drafted + slot, lengths + 1, slot, TRUNK, 0, 0, 0, slot < planned)
@@ -221,7 +239,7 @@ class SlidingRounds(SeatedRounds):
             tokens = runner_ups.gather(1, at)[..., None].clamp(min=0)  # [B, A, R, 1]; -1 where nothing was drafted
             segment = lengths + 2 + (length - 1) * ups + which
             shape = torch.Size((num_seats, tried, ups, masks + 1))
-            is_tried = length <= drafted[:, :, None, None]
+            is_tried = (length <= prepared) & (length <= drafted[:, :, None, None])
             part(shape, torch.where(row == 0, tokens, self.mask_id), seen + row, segment, row, CHAIN, seen, 0, 0, is_tried)
         names = ("token_ids", "place", "segment", "rank", "parent", "visible", "is_trunk", "given_ids", "is_needed")
         cells = {name: torch.cat([each[index].long() for each in parts], dim=1) for index, name in enumerate(names)}
@@ -229,7 +247,11 @@ class SlidingRounds(SeatedRounds):
         cells["positions"] = column("prompt_length", num_seats)[:, None] + torch.minimum(begins + cells.pop("place"), last)
         cells["is_needed"] *= active
         seat = torch.arange(num_seats, device=device)[:, None]
-        for name, value in (("seat", seat), ("seeds", column("seed", num_seats)[:, None]), ("attempts", written + 1)):
+        for name, value in (
+            ("seat", seat),
+            ("seeds", column("seed", num_seats)[:, None]),
+            ("attempts", self._attempts(num_seats)[:, None]),
+        ):
             cells[name] = value.expand_as(cells["positions"])
         return cells
 
@@ -238,10 +260,10 @@ class SlidingRounds(SeatedRounds):
         if self.use_kernels:
             from refusion.decoding.kernels.sliding import settle
 
-            settle(self, readout, spans, start=self._start, num_seats=num_seats)
+            settle(self, readout, spans, start=self._start, num_seats=num_seats, candidates=candidates)
             return
         before = _Before.of(self, spans.row_start.long() - self._start, len(readout.token_ids))
-        verdict = self._judge(before, readout)
+        verdict = self._judge(before, readout, num_lengths(self.slots, candidates))
         following = self._next_chain(before, verdict, readout)
         final, num_final, is_over = self._final_tokens(before, verdict)
         active, column, group = before.is_active, self.table.column, self.table.group
@@ -250,7 +272,7 @@ class SlidingRounds(SeatedRounds):
             "is_done": is_over,
             "num_known": following.known,
             "num_drafted": following.drafted,
-            "is_whole": verdict.is_all,
+            "is_whole": verdict.is_all & ((before.drafted > 0) | before.plans_whole),
             "num_written": before.written + num_final,
             "num_forwards": column("num_forwards", num_seats) + 1,
             "chain": following.chain,
@@ -267,30 +289,33 @@ class SlidingRounds(SeatedRounds):
         scalars = (done, forwards, overflow, self._num_rows, spans.cached, *state, has_end, before.written)
         self.report[:num_seats].copy_(torch.cat((torch.stack([each.int() for each in scalars], dim=1), tokens.int()), dim=1))
 
-    def _judge(self, before: "_Before", readout: Readout) -> "_Verdict":
-        """What stands of the chain, and the rows behind it that were made for that."""
+    def _judge(self, before: "_Before", readout: Readout, prepared: int) -> "_Verdict":
+        """What stands of the chain, and the rows behind it that were made for that; prepared: lengths."""
         known, drafted, place, slots = before.known, before.drafted, self._place, self.slots
         judge = before.first[:, None] + place - 1
-        passes = before.read(readout.given_probability, judge) > slots.token_threshold
-        if slots.acceptance == "argmax":
-            passes |= before.read(readout.given_is_argmax, judge)
+        if slots.acceptance == "exact":
+            passes = before.read(readout.token_ids, judge) == before.chain
+        else:
+            passes = before.read(readout.given_probability, judge) > slots.token_threshold
+            if slots.acceptance == "argmax":
+                passes |= before.read(readout.given_is_argmax, judge)
         is_draft = (place >= known[:, None]) & (place < (known + drafted)[:, None])
         stands = ((passes & is_draft) | (place < known[:, None])).long().cumprod(dim=1).sum(dim=1)
         named = torch.where(stands > 0, before.read(readout.token_ids, before.first + stands - 1), before.first_ids)
         is_all = stands == known + drafted
         length = stands - known + 1  # of the accepted drafts and the named token
         groups = before.first + known + drafted
-        plan = groups + drafted.clamp(max=self.num_lengths) * slots.most_masks
+        plan = groups + drafted.clamp(max=prepared) * slots.most_masks
         hit, is_hit = torch.zeros_like(known), torch.zeros_like(is_all)
         if self.num_tried:
             at = stands.clamp(max=self.num_kept - 1)[:, None, None]
             matches = before.runner_ups.gather(1, at.expand(-1, 1, slots.alternatives))[:, 0] == named[:, None]  # [B, R]
-            is_hit = ~is_all & (length <= self.num_tried) & matches.any(dim=1) & (named[:, None] != self.eos_ids).all(dim=1)
+            is_hit = ~is_all & (length <= min(self.num_tried, prepared)) & matches.any(dim=1) & (named[:, None] != self.eos_ids).all(dim=1)
             hit = matches.long().argmax(dim=1)
         runner_up = plan + before.planned + ((length - 1) * slots.alternatives + hit) * (1 + slots.most_masks)
         group = groups + (length - 1) * slots.most_masks
         second = before.read(readout.token_ids, runner_up)
-        return _Verdict(stands, named, second, is_all, is_hit, ~is_all & (length <= self.num_lengths), plan, group, runner_up)
+        return _Verdict(stands, named, second, is_all, is_hit, ~is_all & (length <= prepared), plan, group, runner_up)
 
     def _next_chain(self, before: "_Before", verdict: "_Verdict", readout: Readout) -> "_Chain":
         """What is known then, and drafts from the masks behind it but the first, in whose place the last known token stands."""

@@ -60,7 +60,11 @@ class Auto:
         experience = self._candidates.experience(key.slots, key.width)
         together = max(min(load, self._most_rows // seat_rows(key.slots, key.width, 0)), 1)  # as many seats as such a lane has
         place = experience.ladder.index(self._candidates.choose(experience, together).candidates)
-        by_slots = together * experience.tokens / float(self._candidates.seconds_of_turn(costs, experience, together)[place])
+        by_slots = (
+            together
+            * float(experience.tokens_per_turn[place])
+            / float(self._candidates.seconds_of_turn(costs, experience, together)[place])
+        )
         return _Speeds(experience, experience.version, by_slots, load / float(costs.cost(seat_bucket(load))))
 
 

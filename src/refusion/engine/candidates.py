@@ -75,14 +75,14 @@ class Candidates:
 
     def _reconsider(self, experience: AnyExperience, num_seats: int, now: Choice | None) -> Choice:
         """`now` unless another choice is clearly better; None: there is none yet."""
-        ladder, num_choices = experience.ladder, max(len(experience.ladder) - 1, 1)  # 0 only where nothing else fits
+        ladder, num_choices = experience.ladder, experience.num_choices
         fits = padded_rows(experience, num_seats)[:num_choices] <= self._most_rows
         if not fits.any():
             return Choice(ladder[-1], False)
         if self._measure is None:
             return Choice(ladder[int(fits.argmax())], self.runs_ahead)
         seconds = np.stack(self._seconds(self._measure(), experience, num_seats))[:, :num_choices]  # [2, C]
-        seconds = np.where(fits, seconds, np.inf)
+        seconds = np.where(fits, seconds, np.inf) / experience.tokens_per_turn[:num_choices]
         best = np.unravel_index(int(seconds.argmin()), seconds.shape)
         if now is not None and now.candidates in ladder[:num_choices]:
             place = int(now.leads), ladder.index(now.candidates)

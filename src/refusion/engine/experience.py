@@ -41,6 +41,8 @@ class Experience:
         steps = () if slots.max_candidates is not None else tuple(step for step in LADDER if step < most)
         self.ladder = (most, *steps) if most == 0 else (most, *steps, 0)
         """Numbers of candidate lengths, falling; 0 is for forwards that would otherwise not fit."""
+        self.num_choices = max(len(self.ladder) - 1, 1)
+        """So many of the ladder, from its beginning on, are chosen from."""
         self.tokens = tokens_per_forward or TOKENS_PER_FORWARD
         self.share_judged = SHARE_JUDGED
         self.advanced = _first_advances(self.slot_size)  # [K + 1] share of the judged requests by the tokens of `advances`
@@ -60,6 +62,11 @@ class Experience:
         """[C] remask forwards for each other forward, by number of lengths."""
         covered = np.cumsum(self.advanced)[np.minimum(self.ladder, self.slot_size)]
         return self.share_judged * np.maximum(1.0 - covered, 0.0)
+
+    @property
+    def tokens_per_turn(self) -> np.ndarray:
+        """[C] tokens of an other forward and the remask forwards that come with it."""
+        return np.full(len(self.ladder), self.tokens)
 
     @property
     def tokens_per_forward(self) -> np.ndarray:

@@ -37,6 +37,7 @@ from refusion.decoding.kernels.sliding_rows import (
 )
 from refusion.decoding.kernels.sliding_verdicts import TOKENS, Report, draft_next, passing_prefix, put_report, reach_verdict, write_final
 from refusion.decoding.kernels.turn import Drawn
+from refusion.decoding.sliding_report import num_lengths
 from refusion.model.kernels.launch import launch
 from refusion.model.kernels.stream import wait
 from refusion.model.rows import Rows, Spans, Tiles
@@ -45,16 +46,18 @@ if TYPE_CHECKING:
     from refusion.decoding.sliding_rounds import SlidingRounds
 
 # B = seats, K = tokens per slot, N = K + 1 most tokens of a chain, R = alternatives, T = decode rows of a forward
-# C = prepared lengths, A = those with alternatives, M = masks of a group
+# C = lengths prepared at most, A = those with alternatives, M = masks of a group
 
 MOST_AT_ONCE = 128  # rows of a part that are written at a time
 FEW = 256  # numbers that one warp handles as fast as four
 
 
-def lay_out(rounds: SlidingRounds, rows: Rows, spans: Spans, *, start: int, num_seats: int, tiles: Tiles | None, tile_start: int) -> None:
+def lay_out(
+    rounds: SlidingRounds, rows: Rows, spans: Spans, *, start: int, num_seats: int, candidates: int, tiles: Tiles | None, tile_start: int
+) -> None:
     """See `refusion.decoding.rounds.Rounds.lay_out`."""
     sizes = _sizes(rounds)
-    group_rows, alternative_rows = sizes["C"] * sizes["M"], sizes["A"] * sizes["R"] * (1 + sizes["M"])
+    group_rows, alternative_rows = rounds.num_lengths * sizes["M"], sizes["A"] * sizes["R"] * (1 + sizes["M"])
     launch(
         _lay_out,
         (num_seats,),
@@ -82,16 +85,19 @@ def lay_out(rounds: SlidingRounds, rows: Rows, spans: Spans, *, start: int, num_
         rows.num_rows,
         start,
         rounds.mask_id,
+        num_lengths(rounds.slots, candidates),
         **sizes,
+        C=rounds.num_lengths,
         B_PADDED=triton.next_power_of_2(num_seats),
         GROUPS_PADDED=min(triton.next_power_of_2(max(group_rows, 1)), MOST_AT_ONCE),
         ALTERNATIVES_PADDED=min(triton.next_power_of_2(max(alternative_rows, 1)), MOST_AT_ONCE),
+        IS_EXACT=rounds.slots.acceptance == "exact",
         TILE=0 if tiles is None else tiles.block,
         num_warps=1,
     )
 
 
-def settle(rounds: SlidingRounds, readout: Readout, spans: Spans, *, start: int, num_seats: int) -> None:
+def settle(rounds: SlidingRounds, readout: Readout, spans: Spans, *, start: int, num_seats: int, candidates: int) -> None:
     """See `refusion.decoding.rounds.Rounds.settle`."""
     sizes = _sizes(rounds)
     ups_padded = triton.next_power_of_2(max(sizes["R"], 1))
@@ -119,10 +125,12 @@ def settle(rounds: SlidingRounds, readout: Readout, spans: Spans, *, start: int,
         rounds.report.stride(0),
         len(readout.token_ids),
         start,
+        num_lengths(rounds.slots, candidates),
         float(rounds.slots.token_threshold),
         **sizes,
         NUM_EOS=len(rounds.eos_ids),
         ACCEPTS_ARGMAX=rounds.slots.acceptance == "argmax",
+        IS_EXACT=rounds.slots.acceptance == "exact",
         R_PADDED=ups_padded,
         num_warps=1 if sizes["N_PADDED"] * ups_padded <= FEW else 4,
     )
@@ -134,14 +142,13 @@ def _sizes(rounds: SlidingRounds) -> dict[str, Any]:
     return {
         "K": rounds.slot_size,
         "M": slots.most_masks,
-        "C": rounds.num_lengths,
         "R": slots.alternatives,
         "A": rounds.num_tried,
         "N_PADDED": triton.next_power_of_2(rounds.num_kept),
     }
 
 
-@triton.jit(do_not_specialize=["num_tiles", "tile_start", "num_seats", "num_rows", "start", "mask_id"])
+@triton.jit(do_not_specialize=["num_tiles", "tile_start", "num_seats", "num_rows", "start", "mask_id", "num_lengths"])
 def _lay_out(
     table,
     line_stride,
@@ -167,15 +174,17 @@ def _lay_out(
     num_rows,
     start,
     mask_id,
+    num_lengths,
     K: tl.constexpr,
     M: tl.constexpr,
-    C: tl.constexpr,
     R: tl.constexpr,
     A: tl.constexpr,
     N_PADDED: tl.constexpr,
+    C: tl.constexpr,
     B_PADDED: tl.constexpr,
     GROUPS_PADDED: tl.constexpr,
     ALTERNATIVES_PADDED: tl.constexpr,
+    IS_EXACT: tl.constexpr,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -185,7 +194,7 @@ def _lay_out(
     )  # fmt: skip
     seat = tl.program_id(0)
     seats = tl.arange(0, B_PADDED)
-    needed = read_forward(table, line_stride, seats, seats < num_seats, K, M, C, R, A).needed  # [B]
+    needed = read_forward(table, line_stride, seats, seats < num_seats, num_lengths, K, M, R, A).needed  # [B]
     last = tl.cumsum(needed, 0)
     begins = tl.minimum(last - needed, num_rows)
     ends = tl.minimum(last, num_rows)
@@ -196,7 +205,7 @@ def _lay_out(
 
     line = table + seat.to(tl.int64) * line_stride
     written = tl.load(line + NUM_WRITTEN).to(tl.int32)
-    own_rows(rows, begin, end, seat, seed=tl.load(line + SEED), attempt=written + 1)
+    own_rows(rows, begin, end, seat, seed=tl.load(line + SEED), attempt=tl.where(IS_EXACT, 1, written + 1))
     pad_rows(rows, tl.minimum(tl.sum(needed, 0), num_rows), seat, num_seats)
     if TILE > 0:
         tiles = TilePointers(tile_seat, tile_first, tile_end, num_tiles)
@@ -205,7 +214,7 @@ def _lay_out(
         cut_tiles(tiles, tile, seat, start + begin, start + end, TILE)
         pad_tiles(tiles, tile_start + tl.sum(tile_counts, 0), seat, num_seats)
 
-    forward = read_forward(table, line_stride, seat, True, K, M, C, R, A)
+    forward = read_forward(table, line_stride, seat, True, num_lengths, K, M, R, A)
     if forward.is_active:
         last_place = tl.load(line + MAX_TOKENS).to(tl.int32) - 1
         text = Text(tl.load(line + PROMPT_LENGTH).to(tl.int32), written - forward.known, last_place)
@@ -217,7 +226,7 @@ def _lay_out(
             put_alternatives(rows, row, forward, text, line + CHAIN + K + 1, mask_id, M, C, R, ALTERNATIVES_PADDED)
 
 
-@triton.jit(do_not_specialize=["runner_ups_stride", "num_rows", "start"])
+@triton.jit(do_not_specialize=["runner_ups_stride", "num_rows", "start", "num_lengths"])
 def _settle(
     table,
     line_stride,
@@ -240,15 +249,16 @@ def _settle(
     report_stride,
     num_rows,
     start,
+    num_lengths,
     token_threshold,
     K: tl.constexpr,
     M: tl.constexpr,
-    C: tl.constexpr,
     R: tl.constexpr,
     A: tl.constexpr,
     N_PADDED: tl.constexpr,
     NUM_EOS: tl.constexpr,
     ACCEPTS_ARGMAX: tl.constexpr,
+    IS_EXACT: tl.constexpr,
     R_PADDED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -258,7 +268,7 @@ def _settle(
     line = table + seat.to(tl.int64) * line_stride
     chain, runner_ups = line + CHAIN, line + CHAIN + N
     drawn = Drawn(drawn_ids, None, given_probability, given_is_argmax, drawn_runner_ups, num_rows)
-    forward = read_forward(table, line_stride, seat, True, K, M, C, R, A)
+    forward = read_forward(table, line_stride, seat, True, num_lengths, K, M, R, A)
     is_active = forward.is_active
     written = tl.load(line + NUM_WRITTEN).to(tl.int32)
     max_tokens = tl.load(line + MAX_TOKENS).to(tl.int32)
@@ -270,9 +280,9 @@ def _settle(
     place = tl.arange(0, N_PADDED)
     is_place = place < N
 
-    stands = passing_prefix(forward, drawn, begin, place, token_threshold, N, ACCEPTS_ARGMAX)
+    stands = passing_prefix(forward, drawn, begin, chain, place, token_threshold, N, ACCEPTS_ARGMAX, IS_EXACT)
     verdict = reach_verdict(forward, drawn, begin, stands, first_id, runner_ups, eos_ids, K, M, R, A, R_PADDED, NUM_EOS)
-    after = draft_next(forward, verdict, drawn, begin, place, runner_ups_stride, eos_ids, M, C, R, R_PADDED, N_PADDED, NUM_EOS)
+    after = draft_next(forward, verdict, drawn, begin, place, runner_ups_stride, eos_ids, M, R, R_PADDED, N_PADDED, NUM_EOS)
     final, num_final, is_ended = write_final(forward, verdict, chain, max_tokens - written, place, eos_ids, N, N_PADDED, NUM_EOS)
     is_done = (~is_active | is_ended | (written + num_final >= max_tokens)).to(tl.int32)
     kept = tl.where(is_active, tl.minimum(stands, forward.known + num_final), 0)  # so many rows of the chain join the cache
@@ -281,7 +291,8 @@ def _settle(
     page = tl.load(pages + cache_place // page_size, mask=is_kept, other=0)
     known = tl.where(is_active, after.known, forward.known)
     drafted = tl.where(is_active, after.drafted, forward.drafted)
-    is_whole = tl.where(is_active, verdict.is_all.to(tl.int32), forward.is_whole)
+    plans_whole = verdict.is_all & ((forward.drafted > 0) | (forward.is_whole != 0))
+    is_whole = tl.where(is_active, plans_whole.to(tl.int32), forward.is_whole)
 
     tl.debug_barrier()  # everything is read before anything is written
     tl.store(source + seat * N + place, tl.where(is_kept, start + begin + place, -1), mask=is_place)

@@ -15,7 +15,7 @@ from refusion.decoding.kernels.constants import NO_PARENT, TRUNK
 from refusion.decoding.kernels.row_buffers import put_rows
 
 # B = seats, K = tokens per slot, N = K + 1 most tokens of a chain, padded, R = alternatives
-# C = prepared lengths, A = those with alternatives, M = masks of a group
+# C = lengths prepared at most, A = those with alternatives, M = masks of a group
 
 # Columns of the table, as `SlidingRounds` names them; the runner-ups follow the chain.
 PROMPT_LENGTH, SEED, MAX_TOKENS, IS_DONE, NUM_KNOWN, NUM_DRAFTED, IS_WHOLE, NUM_WRITTEN, NUM_FORWARDS, CHAIN = (
@@ -47,8 +47,7 @@ class Text(NamedTuple):
 
 @triton.jit
 def read_forward(
-    table, line_stride, seat, is_seat,
-    K: tl.constexpr, M: tl.constexpr, C: tl.constexpr, R: tl.constexpr, A: tl.constexpr,
+    table, line_stride, seat, is_seat, num_lengths, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """The `Forward` of these seats; they are done where `is_seat` is false."""
     line = table + seat.to(tl.int64) * line_stride
@@ -56,7 +55,8 @@ def read_forward(
     known = tl.load(line + NUM_KNOWN, mask=is_seat, other=0).to(tl.int32)
     drafted = tl.load(line + NUM_DRAFTED, mask=is_seat, other=0).to(tl.int32)
     is_whole = tl.load(line + IS_WHOLE, mask=is_seat, other=0).to(tl.int32)
-    lengths, tried = tl.minimum(drafted, C), tl.minimum(drafted, A)
+    lengths = tl.minimum(drafted, num_lengths)
+    tried = tl.minimum(lengths, A)
     planned = tl.where(is_whole != 0, K, M)
     needed = known + drafted + lengths * M + planned + tried * (R * (1 + M))
     return Forward(is_active, known, drafted, is_whole, lengths, planned, tried, tl.where(is_active, needed, 0))

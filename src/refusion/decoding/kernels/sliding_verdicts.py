@@ -11,7 +11,7 @@ import triton.language as tl
 from refusion.decoding import sliding_report
 
 # K = tokens per slot, N = K + 1 most tokens of a chain, R = alternatives; tensors of [N] and [N, R] are padded
-# C = prepared lengths, A = those with alternatives, M = masks of a group
+# C = lengths prepared at most, A = those with alternatives, M = masks of a group
 
 TOKENS = tl.constexpr(sliding_report.TOKENS)
 
@@ -53,13 +53,18 @@ class Report(NamedTuple):
 
 
 @triton.jit
-def passing_prefix(forward, drawn, begin, place, token_threshold, N: tl.constexpr, ACCEPTS_ARGMAX: tl.constexpr):
+def passing_prefix(
+    forward, drawn, begin, chain, place, token_threshold, N: tl.constexpr, ACCEPTS_ARGMAX: tl.constexpr, IS_EXACT: tl.constexpr,
+):  # fmt: skip
     """How many tokens of the chain stand: those known, and drafts up to the first that the row before it does not let pass."""
     is_judged = (place >= forward.known) & (place < forward.known + forward.drafted)
     judge = there(begin + place - 1, drawn.num_rows)
-    passes = tl.load(drawn.given_probability + judge, mask=is_judged, other=0.0) > token_threshold
-    if ACCEPTS_ARGMAX:
-        passes |= tl.load(drawn.given_is_argmax + judge, mask=is_judged, other=0) != 0
+    if IS_EXACT:
+        passes = tl.load(drawn.token_ids + judge, mask=is_judged, other=0) == tl.load(chain + place, mask=is_judged, other=-1)
+    else:
+        passes = tl.load(drawn.given_probability + judge, mask=is_judged, other=0.0) > token_threshold
+        if ACCEPTS_ARGMAX:
+            passes |= tl.load(drawn.given_is_argmax + judge, mask=is_judged, other=0) != 0
     stays = (passes & is_judged) | (place < forward.known)
     return tl.min(tl.where(stays, N, place), 0)
 
@@ -81,7 +86,7 @@ def reach_verdict(
         failed = runner_ups + tl.minimum(stands, K) * R
         is_same = tl.load(failed + which, mask=which < R, other=-1) == named
         hit = tl.min(tl.where(is_same & (which < R), which, R), 0)
-        can_hit = ~is_all & (stands - forward.known < A)
+        can_hit = ~is_all & (stands - forward.known < forward.tried)
         is_hit = can_hit & (hit < R) & ~ends_text(named, eos_ids, NUM_EOS)
         alternatives = begin + forward.known + forward.drafted + forward.lengths * M + forward.planned
         behind = alternatives + ((stands - forward.known) * R + hit) * (1 + M)
@@ -90,14 +95,14 @@ def reach_verdict(
 
 
 @triton.jit
-def find_drafts(forward, verdict, begin, M: tl.constexpr, C: tl.constexpr):
+def find_drafts(forward, verdict, begin, M: tl.constexpr):
     """The first row that drafts what comes behind all that is known then, and how many do.
 
     They are masks behind the first of their group, whose place the last known token has.
     """
     groups = begin + forward.known + forward.drafted
     accepted = verdict.stands - forward.known
-    has_group = verdict.is_hit | (accepted < C)
+    has_group = verdict.is_hit | (accepted < forward.lengths)
     group = tl.where(verdict.is_hit, verdict.behind + 1, groups + accepted * M)
     row = tl.where(verdict.is_all, groups + forward.lengths * M, group)
     count = tl.where(verdict.is_all, forward.planned, tl.where(has_group, M, 1))
@@ -107,11 +112,11 @@ def find_drafts(forward, verdict, begin, M: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def draft_next(
     forward, verdict, drawn, begin, place, runner_ups_stride, eos_ids,
-    M: tl.constexpr, C: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, N_PADDED: tl.constexpr, NUM_EOS: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, N_PADDED: tl.constexpr, NUM_EOS: tl.constexpr,
 ):  # fmt: skip
     """The `Next` chain: what is known, and drafts from the masks behind it but the first, whose place the last known token has."""
     known = 1 + verdict.is_hit.to(tl.int32)
-    first_row, drafted = find_drafts(forward, verdict, begin, M, C)  # pyright: ignore[reportGeneralTypeIssues]: `tl.where` returns
+    first_row, drafted = find_drafts(forward, verdict, begin, M)  # pyright: ignore[reportGeneralTypeIssues]: `tl.where` returns
     is_draft = (place >= known) & (place < known + drafted)
     row = there(first_row + place - known, drawn.num_rows)
     chain = tl.load(drawn.token_ids + row, mask=is_draft, other=0).to(tl.int32)
