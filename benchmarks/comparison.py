@@ -103,7 +103,9 @@ SLOTS = SlotParams(
     alternatives=2,
     infill_length=6,
 )
-"""What serves ReFusion best, the same for every prompt."""
+"""What serves slots best that stay where they are, the same for every prompt."""
+SLIDING = SlotParams(slot_size=16, sliding=True, acceptance="exact", correction="autoregressive", alternatives=2, infill_length=4)
+"""What serves slots best that slide; the text is the one of one token at a time."""
 PAPER_SLOTS = SlotParams(
     slot_size=16, serial_blocks=4, slot_threshold=0.9, token_threshold=0.4, acceptance="paper", correction="paper", alternatives=0
 )
@@ -114,6 +116,8 @@ CONTENDERS = (
     # The same weights without slots: what of a difference to autoregressive training is the training's, and what the decoder's.
     Contender(name="refusion_one_by_one", objective="autoregressive", recipe="refusion"),
     Contender(name="refusion_few", objective="refusion", recipe="refusion_few", slots=SLOTS),
+    Contender(name="refusion_sliding", objective="refusion", slots=SLIDING),
+    Contender(name="refusion_few_sliding", objective="refusion", recipe="refusion_few", slots=SLIDING),
     Contender(name="block_diffusion", objective="block_diffusion"),
     Contender(name="refusion_paper", objective="refusion", slots=PAPER_SLOTS, num_problems=500),
     # One token a forward in blocks of 32, the method at its most careful. Stopping behind the EOS changes no token before it. A forward of

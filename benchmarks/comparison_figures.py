@@ -26,6 +26,10 @@ PAIRS = (
     ("refusion", "refusion_one_by_one"),
     ("refusion_one_by_one", "autoregressive"),
     ("refusion_few", "autoregressive"),
+    ("refusion_sliding", "autoregressive"),
+    ("refusion_few_sliding", "autoregressive"),
+    ("refusion_sliding", "refusion"),
+    ("refusion_few_sliding", "refusion_few"),
     ("refusion_few", "refusion"),
     ("refusion_few", "block_diffusion"),
     ("refusion", "block_diffusion"),
@@ -140,7 +144,7 @@ class _Table:
     def ratios(self) -> Iterator[Run]:
         """Speed over autoregressive of everybody, and of ReFusion over the others; of the same seeds on the same prompts."""
         pairs = [(name, "autoregressive") for name in self.names if name != "autoregressive"]
-        for ours in ("refusion", "refusion_few"):
+        for ours in ("refusion", "refusion_few", "refusion_sliding", "refusion_few_sliding"):
             pairs += [(ours, name) for name in self.names if name not in (ours, "autoregressive")]
         for first, second in dict.fromkeys(pairs):
             figures: dict[str, Figure] = {}

@@ -110,13 +110,15 @@ def eager_loop(llm: LLM, setting: harness.Setting, sampling: SamplingParams, pro
     """The same algorithm over an eager `transformers` model on the same weights."""
     network = TransformersNetwork(carrier.to_transformers(llm.model), llm.config)
     forward = EagerForward(network, llm.banned_ids())
+    setting = transformers_loop.staying(setting)
     slots = llm.resolve_slots(setting.slots)
     runs = []
     for decoder in DECODERS:
         loop = transformers_loop.transformers_side(llm, forward, decoder, slots, sampling)
         engine = transformers_loop.engine_side(llm, decoder, setting, sampling)
         figures = transformers_loop.compare(loop, engine, prompts)
-        runs.append(Run(label=f"eager transformers: {decoder}", settings={"decoder": decoder}, figures=figures))
+        settings = {"decoder": decoder} | ({"slots": asdict(slots)} if decoder == "refusion" else {})
+        runs.append(Run(label=f"eager transformers: {decoder}", settings=settings, figures=figures))
     return runs
 
 

@@ -45,6 +45,8 @@ PARTS = ("products", "attention", "small", "engine")
 SANITIZER = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--launch-timeout", "60"]
 NARROW = SlotParams(slot_size=4, block_size=4, max_candidates=1)
 """Few shapes: float32 kernels take long to compile."""
+EXACT = SlotParams(slot_size=8, sliding=True, acceptance="exact", alternatives=1, infill_length=2, max_candidates=1)
+"""The same; these write what autoregressive decoding does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,20 +146,22 @@ def figures_in(text: str) -> dict[str, Any]:
 
 
 def compare_texts(args: argparse.Namespace) -> None:
-    """Both decoders in float32, by the engine and by the plain padded decoder; exit code 1 if a token differs."""
+    """Both decoders in float32, by the engine and by the plain padded decoder, slots that slide as well; exit code 1 if a token differs."""
     engine = EngineSettings(max_num_seqs=1, cache_tokens=4096)
     llm = LLM.from_pretrained(args.model, device=args.device, dtype="float32", engine=engine)
     sampling = SamplingParams(max_tokens=args.max_tokens)
     rows = harness.rows_of(args.data or harness.chat_prompts(), limit=args.num_prompts)
     prompts = [llm.encode(harness.chat(row["query"])) for row in rows]
     num_same = num_tokens = 0
-    for decoder in ("refusion", "autoregressive"):
-        outputs = llm.generate(prompts, sampling, NARROW, decoder, batch_size=1)
-        expected = [plain_answer(llm, prompt, sampling, decoder) for prompt in prompts]
+    cases = (("refusion", NARROW, "refusion"), ("autoregressive", NARROW, "autoregressive"), ("refusion", EXACT, "autoregressive"))
+    for decoder, slots, plain in cases:
+        outputs = llm.generate(prompts, sampling, slots, decoder, batch_size=1)
+        expected = [plain_answer(llm, prompt, sampling, plain) for prompt in prompts]
         num_same += sum(list(output.token_ids) == answer for output, answer in zip(outputs, expected, strict=True))
         num_tokens += sum(map(len, expected))
-    print(json.dumps({"num_answers": 2 * len(prompts), "num_same": num_same, "num_tokens": num_tokens}))
-    sys.exit(0 if num_same == 2 * len(prompts) else 1)
+    num_answers = len(cases) * len(prompts)
+    print(json.dumps({"num_answers": num_answers, "num_same": num_same, "num_tokens": num_tokens}))
+    sys.exit(0 if num_same == num_answers else 1)
 
 
 def plain_answer(llm: LLM, prompt: list[int], sampling: SamplingParams, name: str) -> list[int]:

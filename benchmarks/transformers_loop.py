@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import carrier
@@ -53,7 +53,7 @@ def main() -> None:
     llm = carrier.load(args, EngineSettings(max_num_seqs=1, prefix_caching=False))
     rows = harness.rows_of(args.data or harness.chat_prompts(), limit=args.limit or 8)
     prompts = [llm.encode(harness.chat(row["query"])) for row in rows]
-    (setting,) = harness.settings(args)
+    setting = staying(*harness.settings(args))
     slots = llm.resolve_slots(setting.slots)
     sampling = SamplingParams(max_tokens=args.max_tokens)
     network = TransformersNetwork(carrier.to_transformers(llm.model, args.attention), llm.config)
@@ -67,6 +67,11 @@ def main() -> None:
         print(json.dumps({"label": decoder} | to_plain(runs[-1].figures)), flush=True)
     more = {"carrier": args.carrier, "attention": args.attention, "slots": asdict(slots), "num_prompts": len(rows)}
     harness.finish(args, "transformers-loop", llm, runs, **more)
+
+
+def staying(setting: harness.Setting) -> harness.Setting:
+    """The setting with slots that stay where they are: those that slide have no loop of one forward a step over padded batches."""
+    return replace(setting, slots=replace(setting.slots, sliding=False))
 
 
 def transformers_side(llm: LLM, forward: EagerForward, decoder: str, slots: SlotSettings, sampling: SamplingParams) -> Side:

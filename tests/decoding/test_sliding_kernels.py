@@ -59,7 +59,7 @@ def test_sliding_kernels_do_what_the_plain_rounds_do(case: tuple[int, int | None
     assert num_seats * most_rows(slots) <= 800, "the rows that `run_both` has"
     plain, kernels = both_sides(slots, num_seats)
     agreement, eos = ((0.7, 0.02), (0.4, 0.01), (0.1, 0.03))[number % 3]
-    known = run_both(plain, kernels, max_tokens, 7, agreement=agreement, eos=eos, max_candidates=5)
+    known = run_both(plain, kernels, max_tokens, 8, agreement=agreement, eos=eos, max_candidates=5)
     assert known == ({0, 1, 2} if alternatives and max_candidates != 0 else {0, 1}), "the draws are such that runner-ups are right"
 
 

@@ -45,6 +45,7 @@ class AcceptanceName(StrEnum):
 
     paper = "paper"
     argmax = "argmax"
+    exact = "exact"
 
 
 class CorrectionName(StrEnum):
@@ -87,7 +88,10 @@ SlotThreshold = Annotated[float | None, typer.Option(help="Plan the slots whose 
 TokenThreshold = Annotated[float | None, typer.Option(help="Keep drafted tokens that are more probable, 0 to 1.")]
 Acceptance = Annotated[
     AcceptanceName | None,
-    typer.Option(help="paper: by the token threshold; argmax: or by being the most probable token."),
+    typer.Option(
+        help="paper: by the token threshold; argmax: or by being the most probable token; exact (with --sliding): the token that would be "
+        "written there anyway."
+    ),
 ]
 Correction = Annotated[
     CorrectionName | None,
