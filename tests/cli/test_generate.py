@@ -8,6 +8,7 @@ import pytest
 from command_line import RunCli
 
 from refusion.decoding.diffusion_params import DiffusionParams
+from refusion.decoding.events import Event
 from refusion.llm import LLM, BlockDiffusionParams, MaskedDiffusionParams, SamplingParams, SlotParams
 
 CHAT = [{"role": "user", "content": "hello"}]
@@ -34,6 +35,31 @@ def test_a_terminal_shows_the_same_text_as_a_pipe(run_cli: RunCli, tiny_model_di
     assert (on_terminal.code, piped.code) == (0, 0)
     shown = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", on_terminal.out)
     assert shown.endswith(piped.out) if "--watch" in flags else shown == piped.out
+
+
+def test_slots_that_slide_can_be_watched(run_cli: RunCli, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from refusion.cli.watch import SlotBoard
+
+    seen: list[Event] = []
+    push = SlotBoard.push
+
+    def noted(board: SlotBoard, event: Event) -> None:
+        seen.append(event)
+        push(board, event)
+
+    monkeypatch.setattr(SlotBoard, "push", noted)
+    slots = ("--sliding", "--slot-size", 8, "--infill-length", 4, "--alternatives", 2, "--token-threshold", 0.1)
+    command = ("generate", "--model", tiny_model_dir, "--dtype", "float32", "--max-tokens", 24, *slots, "hello")
+    watched, piped = run_cli(*command, "--watch", terminal=True), run_cli(*command)
+    assert (watched.code, piped.code) == (0, 0)
+    assert re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", watched.out).endswith(piped.out)
+    assert {event.kind for event in seen} >= {"planned", "verified", "committed", "finished"}
+    num_written = 0
+    for event in seen:
+        if event.kind != "finished":
+            assert event.offset == num_written
+        if event.kind == "committed":
+            num_written += len(event.token_ids)
 
 
 def test_standard_input_is_one_prompt(run_cli: RunCli, tiny_model_dir: Path) -> None:

@@ -14,6 +14,7 @@ from scripted import Row, ScriptedForward, certain, hashed_language
 from sliding_reference import SlidingReference
 
 from refusion.decoding.autoregressive_rounds import AutoregressiveRounds
+from refusion.decoding.events import Event, seat_events
 from refusion.decoding.params import SamplingParams, SlotParams, SlotSettings
 from refusion.decoding.sliding import SlidingTrace, decode_sliding
 from refusion.decoding.sliding_report import most_rows
@@ -89,7 +90,8 @@ def test_requests_that_come_and_go_get_the_tokens_and_forwards_of_the_reference(
     for request in asked:
         expected = reference(script, request, slots, **drawing)
         assert (request.text([EOS]), len(request.reports)) == (expected.token_ids, expected.num_forwards)
-        assert plain(script, request, slots, **drawing) == SlidingTrace(expected.token_ids, expected.num_forwards)
+        trace = plain(script, request, slots, **drawing)
+        assert (trace.token_ids, trace.num_rounds) == (expected.token_ids, expected.num_forwards)
         assert all(report.num_rows <= most_rows(slots) for report in request.reports)
 
 
@@ -107,6 +109,48 @@ def test_exact_slots_write_what_one_token_at_a_time_does_whatever_is_prepared(
         one_by_one
     )
     assert [request.text([EOS]) for request in asked] == [request.text([EOS]) for request in one_by_one]
+
+
+def expected_events(trace: SlidingTrace, request: int) -> list[Event]:
+    """The events of an answer, from the rounds of the plain twin."""
+    events: list[Event] = []
+    place = 0
+    for number, (now, following) in enumerate(zip(trace.rounds, [*trace.rounds[1:], None], strict=True), 1):
+        if now.drafts:
+            kind = "infilled" if now.is_infill else "verified"
+            events.append(Event(kind, request, number, place, place, tuple(now.final[: now.num_passed])))  # type: ignore[arg-type]
+        events.append(Event("committed", request, number, place, place, tuple(now.final)))
+        place += len(now.final)
+        if following is not None and following.drafts:
+            drafts = tuple(draft.token for draft in following.drafts)
+            score = following.drafts[0].confidence
+            events.append(Event("planned", request, number, place, place, drafts, score, is_infill=following.is_infill))
+    return events
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(sliding_settings(), requests(), DRAWING, LANGUAGE)
+def test_a_report_tells_the_events_of_the_plain_twin(
+    slots: SlotSettings, asked: list[Request], drawing: dict[str, float], script: Any
+) -> None:
+    server(rounds_of(slots, 2), script, 2, **drawing).serve(asked, lambda forward: slots.candidates())
+    for index, request in enumerate(asked):
+        events = [event for report in request.reports for event in seat_events(report, index)]
+        expected = expected_events(plain(script, request, slots, **drawing), index)
+        assert [replace(event, score=0.0) for event in events] == [replace(event, score=0.0) for event in expected]
+        # Two ways to the same softmax in float32, at temperatures that scale the logits first.
+        assert [event.score for event in events] == pytest.approx([event.score for event in expected], rel=1e-5)
+        text: list[int] = []
+        for before, event in zip([None, *events], events, strict=False):
+            assert event.offset == len(text), "everything happens where the text ends"
+            if event.kind == "committed":
+                text += event.token_ids
+            elif event.kind in ("verified", "infilled"):
+                assert before is not None
+                assert before.kind == "planned"
+                assert event.kind == ("infilled" if before.is_infill else "verified")
+                assert event.token_ids == before.token_ids[: len(event.token_ids)], "what passes was planned"
+        assert text == request.text([EOS])
 
 
 def test_by_hand() -> None:
@@ -132,6 +176,19 @@ def test_by_hand() -> None:
     assert [[news.token_ids for news in report.committed] for report in asked.reports] == [
         [(3,)], [(4, 5)], [(2, 3)], [(4, 5)], [(2, 3)], [(4,)],
     ]  # fmt: skip
+    told = [(each.kind, each.offset, each.token_ids) for report in asked.reports for each in seat_events(report, 0)]
+    assert told == [
+        ("committed", 0, (3,)), ("planned", 1, (5, 5, 2)),
+        ("verified", 1, ()), ("committed", 1, (4, 5)), ("planned", 3, (2,)),
+        ("infilled", 3, (2,)), ("committed", 3, (2, 3)), ("planned", 5, (5,)),
+        ("verified", 5, ()), ("committed", 5, (4, 5)), ("planned", 7, (2,)),
+        ("infilled", 7, (2,)), ("committed", 7, (2, 3)), ("planned", 9, (5,)),
+        ("verified", 9, ()), ("committed", 9, (4,)),
+    ]  # fmt: skip
+    assert [news.is_infill for report in asked.reports for news in report.planned] == [False, True, False, True, False]
+    scores = [news.score for report in asked.reports for news in report.planned]
+    unsure, sure = 0.6 / (1 - 0.1 / 4), 0.9 / (1 - 0.1 / 5)  # without the share of the mask token, which is banned
+    assert scores == pytest.approx([unsure, sure, unsure, sure, unsure])
 
 
 @pytest.mark.parametrize(

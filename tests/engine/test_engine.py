@@ -225,10 +225,11 @@ def test_what_a_listener_raises_comes_out_and_loses_nothing(new_engine: NewEngin
 # ---- events ----
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "sliding"])
 def test_events_retell_every_answer(new_engine: NewEngine, kind: str) -> None:
     events: list[Event] = []
-    answers = answer_all(new_engine(), PROMPTS, decoder=kind, on_event=events.append, temperature=1.0, eos_ids=(2, 40, 41, 42, 43))
+    how = {"slots": SLIDING} if kind == "sliding" else {"decoder": kind}
+    answers = answer_all(new_engine(), PROMPTS, **how, on_event=events.append, temperature=1.0, eos_ids=(2, 40, 41, 42, 43))
     for answer in answers:
         own = [event for event in events if event.request == answer.request]
         written = {event.offset + place: token for event in own if event.kind == "committed" for place, token in enumerate(event.token_ids)}
@@ -259,6 +260,29 @@ def test_a_slot_is_planned_then_judged_then_committed(new_engine: NewEngine) -> 
             assert event.token_ids == standing[event.slot]
             assert event.offset == 4 * event.slot
     assert {event.kind for event in events} == {"planned", "verified", "infilled", "committed", "finished"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"runs_ahead": True, "cache_tokens": 64, "max_num_seqs": 3}], ids=["roomy", "ahead and short"])
+def test_what_slides_is_drafted_where_the_text_ends_and_judged_there(new_engine: NewEngine, settings: dict[str, Any]) -> None:
+    events: list[Event] = []
+    answer_all(new_engine(**settings), PROMPTS, slots=SLIDING, on_event=events.append)
+    for index in range(len(PROMPTS)):
+        num_written, drafts, passed = 0, (), ()
+        for event in (event for event in events if event.request == index and event.kind != "finished"):
+            assert event.offset == event.slot == num_written
+            if event.kind == "planned":
+                drafts = event.token_ids
+                assert 0.0 < event.score <= 1.0
+                assert 1 <= len(drafts) < (SLIDING.most_masks if event.is_infill else SLIDING.slot_size)
+            elif event.kind == "committed":
+                assert event.token_ids[: len(passed)] == passed
+                num_written, drafts, passed = num_written + len(event.token_ids), (), ()
+            else:
+                passed = event.token_ids
+                assert drafts
+                assert passed == drafts[: len(passed)]
+    assert {event.kind for event in events} == {"planned", "verified", "infilled", "committed", "finished"}
+    assert any(event.kind in ("verified", "infilled") and event.token_ids for event in events), "some drafts pass"
 
 
 # ---- what does not fit ----

@@ -21,11 +21,12 @@ class Event:
     kind: Kind
     request: int  # index of the prompt in the call
     forward: int  # forwards of this request so far, this one included
-    slot: int  # index in the answer; -1 for `finished`
+    slot: int  # index in the answer; where slots slide, and without slots, the place of the first token; -1 for `finished`
     offset: int  # place of the first token in the answer
     token_ids: tuple[int, ...]  # planned: drafts · verified, infilled: what stands now · committed: what became final
-    score: float = 0.0  # planned: confidence of the slot's first token
+    score: float = 0.0  # planned: confidence of the first of the drafts
     finish_reason: str = ""
+    is_infill: bool = False  # planned, where slots slide: drafts of masks behind a draft that failed, not of a plan
 
 
 def step_events(report: StepReport, drafts_after: list[list[int]], row: int, request: int, forward: int) -> Iterator[Event]:
@@ -54,7 +55,7 @@ def seat_events(report: SeatReport, request: int) -> Iterator[Event]:
     """The same from the report of a seat."""
 
     def event(kind: Kind, news: SlotNews) -> Event:
-        return Event(kind, request, report.num_forwards, news.slot, news.offset, news.token_ids, news.score)
+        return Event(kind, request, report.num_forwards, news.slot, news.offset, news.token_ids, score=news.score, is_infill=news.is_infill)
 
     kinds: dict[Kind, list[SlotNews]] = {"verified": report.verified, "infilled": report.infilled, "committed": report.committed}
     written = [event(kind, news) for kind, all_news in kinds.items() for news in all_news]

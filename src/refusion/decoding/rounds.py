@@ -29,6 +29,7 @@ class SlotNews:
     offset: int  # place of its first token in the answer
     token_ids: tuple[int, ...]
     score: float = 0.0  # planned: confidence of the first token
+    is_infill: bool = False  # planned: drafts of masks behind a draft that failed, not of a plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,19 +22,37 @@ Keep = Callable[[Readout], int]
 
 
 @dataclass(frozen=True, slots=True)
-class SlidingTrace:
-    """An answer, and how many rounds it took."""
+class Draft:
+    """A drafted token, how probable it was, and its runner-ups."""
 
-    token_ids: list[int]
-    num_rounds: int
+    token: int
+    confidence: float
+    runner_ups: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """A drafted token and its runner-ups."""
+class SlidingRound:
+    """What a round judged, and what that made final."""
 
-    token: int
-    runner_ups: tuple[int, ...]
+    drafts: list[Draft]
+    is_infill: bool  # they are of masks behind a draft that failed, not of a plan
+    num_passed: int
+    final: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SlidingTrace:
+    """An answer, round by round."""
+
+    rounds: list[SlidingRound]
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token for each in self.rounds for token in each.final]
+
+    @property
+    def num_rounds(self) -> int:
+        return len(self.rounds)
 
 
 def decode_sliding(
@@ -58,9 +76,9 @@ class _Sliding:
         readout = self._forward(self.prompt_ids, -len(self.prompt_ids), keep=lambda readout: len(self.prompt_ids))
         first = int(readout.token_ids[0, -1])
         drafts = self._masks([], 0, slots.slot_size)
-        is_over, known, plans_whole, num_rounds = self._write([first]), [first], True, 1
+        final, is_over = self._write([first])
+        known, plans_whole, rounds = [first], True, [SlidingRound([], False, 0, final)]
         while not is_over:
-            num_rounds += 1
             start = len(self.written) - len(known)
             chain, has_drafts = [*known, *(draft.token for draft in drafts)], bool(drafts)
             stands = 0
@@ -70,6 +88,7 @@ class _Sliding:
                 stands = self._num_passing(readout, chain, num_known)
                 return stands
 
+            judged, is_infill = drafts, not plans_whole
             readout = self._forward(chain, start, keep=passing)
             named = int(readout.token_ids[0, stands - 1])
             accepted, length = chain[len(known) : stands], stands - len(known) + 1
@@ -84,14 +103,18 @@ class _Sliding:
             else:
                 drafts = self._masks([], start + stands, slots.most_masks) if length <= lengths else []
             plans_whole = stands == len(chain) and (has_drafts or plans_whole)
-            is_over = self._write([*accepted, *known])
-        return SlidingTrace(self.written, num_rounds)
+            final, is_over = self._write([*accepted, *known])
+            rounds.append(SlidingRound(judged, is_infill, len(accepted), final))
+        return SlidingTrace(rounds)
 
     def _masks(self, before: list[int], place: int, count: int) -> list[Draft]:
         """Drafts of `count` masks from `place` of the answer on, behind tokens that are not cached; the first place is named otherwise."""
         readout = self._forward([*before, *[self.mask_id] * count], place - len(before))
         rows = range(len(before) + 1, len(before) + count)
-        return [Draft(int(readout.token_ids[0, row]), tuple(readout.runner_ups[0, row].tolist())) for row in rows]
+        return [
+            Draft(int(readout.token_ids[0, row]), float(readout.confidence[0, row]), tuple(readout.runner_ups[0, row].tolist()))
+            for row in rows
+        ]
 
     def _num_passing(self, readout: Readout, chain: list[int], num_known: int) -> int:
         """Tokens of the chain that stand: what is known, and drafts up to the first that fails."""
@@ -106,13 +129,13 @@ class _Sliding:
                 return place
         return len(chain)
 
-    def _write(self, tokens: list[int]) -> bool:
-        """Add to the answer. Returns whether it is over."""
-        for token in tokens:
+    def _write(self, tokens: list[int]) -> tuple[list[int], bool]:
+        """Add to the answer. Returns what of it was added, and whether the answer is over."""
+        for count, token in enumerate(tokens, 1):
             self.written.append(token)
             if token in self.eos_ids or len(self.written) == self.sampling.max_tokens:
-                return True
-        return False
+                return tokens[:count], True
+        return tokens, False
 
     def _forward(self, tokens: list[int], start: int, keep: Keep | None = None) -> Readout:
         """Tokens from place `start` of the answer on, each after those before it; so many as `keep` says of the readout are kept."""

@@ -10,15 +10,22 @@ from refusion.decoding.rounds import IS_DONE, NUM_COMMON, NUM_FORWARDS, NUM_ROWS
 
 # B = seats, K = tokens per slot, R = report columns
 
-CACHED, NUM_KNOWN, NUM_DRAFTED, IS_WHOLE, HAS_END, PLACE, TOKENS = range(NUM_COMMON, NUM_COMMON + 7)
+CACHED, NUM_KNOWN, NUM_DRAFTED, IS_WHOLE, HAS_END, SCORE, NUM_PASSED, FROM_PLAN, PLACE, TOKENS = range(NUM_COMMON, NUM_COMMON + 10)
 """Columns of a report behind the common ones: tokens in the cache now; of the next forward the tokens it knows, those it judges, whether
-it plans a whole slot, and whether an EOS is among what it judges; then the place of the first final token and all of them, [K + 1], -1 for
-none."""
+it plans a whole slot, which is also whether drafts that all passed stand before those it judges, whether an EOS is among these, and the
+confidence of the first,
+float32 bits; how many drafts of this forward passed, -1 where there were none, and whether a plan had made them; then the place of the
+first final token and all of them, [K + 1], and the chain of the next forward, [K + 1], both -1 for none; of that only the drafts."""
 
 
 def report_width(slot_size: int) -> int:
     """R."""
-    return TOKENS + slot_size + 1
+    return TOKENS + 2 * (slot_size + 1)
+
+
+def final_columns(slot_size: int) -> slice:
+    """The final tokens."""
+    return slice(TOKENS, TOKENS + slot_size + 1)
 
 
 def rows_needed(num_known: np.ndarray, num_drafted: np.ndarray, is_whole: np.ndarray, slots: SlotSettings, candidates: int) -> np.ndarray:
@@ -57,17 +64,25 @@ def most_rows(slots: SlotSettings, candidates: int | None = None) -> int:
     return int(rows_needed(np.array(2), np.array(slots.slot_size - 1), np.array(1), slots, most))
 
 
-def seat_report(line: np.ndarray) -> SeatReport:
-    """Read one line [R]."""
+def seat_report(line: np.ndarray, slot_size: int) -> SeatReport:
+    """Read one line [R].
+
+    The slots of its news are named by where they begin. Drafts of a plan are verified, those of masks behind a draft that failed are
+    infilled; what passed of them is final. Drafts of a next forward are news only if there is one.
+    """
     assert line[OVERFLOW] == 0, f"{line[OVERFLOW]} rows of a seat did not fit into its forward"
-    tokens = tuple(token for token in line[TOKENS:].tolist() if token >= 0)
-    place = int(line[PLACE])
+    final = final_columns(slot_size)
+    tokens, drafts = (tuple(token for token in part.tolist() if token >= 0) for part in (line[final], line[final.stop :]))
+    is_done, place, passed = bool(line[IS_DONE]), int(line[PLACE]), int(line[NUM_PASSED])
+    judged = [SlotNews(place, place, tokens[:passed])] if passed >= 0 else []
+    end, score = place + len(tokens), float(line[SCORE : SCORE + 1].view(np.float32)[0])
+    planned = [SlotNews(end, end, drafts, score, is_infill=not line[IS_WHOLE])] if drafts and not is_done else []
     return SeatReport(
-        is_done=bool(line[IS_DONE]),
+        is_done=is_done,
         num_forwards=int(line[NUM_FORWARDS]),
         num_rows=int(line[NUM_ROWS]),
         committed=[SlotNews(place, place, tokens)] if tokens else [],
-        verified=[],
-        infilled=[],
-        planned=[],
+        verified=judged if line[FROM_PLAN] else [],
+        infilled=[] if line[FROM_PLAN] else judged,
+        planned=planned,
     )

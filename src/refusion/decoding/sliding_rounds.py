@@ -47,7 +47,7 @@ class _Before:
 
     known: Tensor
     drafted: Tensor
-    plans_whole: Tensor  # a whole slot
+    whole: Tensor  # whether a plan made the drafts, and the plan is one of a whole slot
     planned: Tensor  # masks of the plan
     written: Tensor
     max_tokens: Tensor
@@ -69,7 +69,7 @@ class _Before:
         planned = torch.where(whole != 0, rounds.slot_size, rounds.slots.most_masks)
         chain, runner_ups = (rounds.table.group(name, num_seats).clone() for name in ("chain", "runner_ups"))
         runner_ups, first_ids = runner_ups.view(num_seats, rounds.num_kept, -1), rounds.first_ids[:num_seats].long()
-        return cls(known, drafted, whole != 0, planned, written, max_tokens, is_done == 0, chain, runner_ups, first, first_ids, num_rows)
+        return cls(known, drafted, whole, planned, written, max_tokens, is_done == 0, chain, runner_ups, first, first_ids, num_rows)
 
     def read(self, values: Tensor, row: Tensor) -> Tensor:
         """What rows of the readout say; rows that did not fit say anything."""
@@ -100,6 +100,7 @@ class _Chain:
     known: Tensor  # [B]
     drafted: Tensor  # [B]
     is_draft: Tensor  # [B, N]
+    score: Tensor  # [B] confidence of the first draft, 0 where there is none
 
 
 class SlidingRounds(SeatedRounds):
@@ -159,7 +160,7 @@ class SlidingRounds(SeatedRounds):
         return written + 1 if self.slots.acceptance != "exact" else torch.ones_like(written)
 
     def read(self, report_row: np.ndarray) -> SeatReport:
-        return seat_report(report_row)
+        return seat_report(report_row, self.slot_size)
 
     @torch.no_grad()
     def lay_out(
@@ -272,7 +273,7 @@ class SlidingRounds(SeatedRounds):
             "is_done": is_over,
             "num_known": following.known,
             "num_drafted": following.drafted,
-            "is_whole": verdict.is_all & ((before.drafted > 0) | before.plans_whole),
+            "is_whole": verdict.is_all & ((before.drafted > 0) | (before.whole != 0)),
             "num_written": before.written + num_final,
             "num_forwards": column("num_forwards", num_seats) + 1,
             "chain": following.chain,
@@ -283,11 +284,16 @@ class SlidingRounds(SeatedRounds):
             into.copy_(torch.where(active[:, None], value.view(num_seats, -1).long(), into))
         overflow = (before.first + self._num_rows - len(readout.token_ids)).clamp(min=0).minimum(self._num_rows)
         tokens = torch.where(active[:, None] & (self._place < num_final[:, None]), final, -1)
+        drafts = torch.where(active[:, None] & following.is_draft, following.chain, -1)
         names = ("num_known", "num_drafted", "is_whole")
         state, has_end = [column(name, num_seats) for name in names], self._is_end(following.chain, following.is_draft)
         done, forwards = column("is_done", num_seats), column("num_forwards", num_seats)
-        scalars = (done, forwards, overflow, self._num_rows, spans.cached, *state, has_end, before.written)
-        self.report[:num_seats].copy_(torch.cat((torch.stack([each.int() for each in scalars], dim=1), tokens.int()), dim=1))
+        score = torch.where(active, following.score, 0.0).view(torch.int32)
+        passed = torch.where(active & (before.drafted > 0), verdict.stands - before.known, -1)
+        told = (score, passed, before.whole, before.written)
+        scalars = (done, forwards, overflow, self._num_rows, spans.cached, *state, has_end, *told)
+        first = torch.stack([each.int() for each in scalars], dim=1)
+        self.report[:num_seats].copy_(torch.cat((first, tokens.int(), drafts.int()), dim=1))
 
     def _judge(self, before: "_Before", readout: Readout, prepared: int) -> "_Verdict":
         """What stands of the chain, and the rows behind it that were made for that; prepared: lengths."""
@@ -332,7 +338,8 @@ class SlidingRounds(SeatedRounds):
         runner_ups = torch.full_like(before.runner_ups, -1)
         if self.slots.alternatives:
             runner_ups = torch.where(is_draft[..., None], before.read(readout.runner_ups, row), -1)
-        return _Chain(chain, runner_ups, known, drafted, is_draft)
+        score = torch.where(drafted > 0, before.read(readout.confidence, source + 1), 0.0)
+        return _Chain(chain, runner_ups, known, drafted, is_draft, score)
 
     def _final_tokens(self, before: "_Before", verdict: "_Verdict") -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, N], how many of them are final, and whether the answer is over: through the first EOS, no more than was asked for."""

@@ -12,7 +12,7 @@ from refusion.decoding.refusion_report import AGENDA, ReportColumns, group_rows,
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import NUM_COMMON, NUM_FORWARDS, OVERFLOW
 from refusion.decoding.sliding_report import PLACE as SLIDING_PLACE
-from refusion.decoding.sliding_report import TOKENS as SLIDING_TOKENS
+from refusion.decoding.sliding_report import final_columns
 from refusion.decoding.sliding_rounds import SlidingRounds
 from refusion.decoding.state import DONE, INFILL, PLAN, REMASK, VERIFY
 
@@ -40,7 +40,7 @@ def num_committed(rounds: AnyRounds, report: np.ndarray) -> np.ndarray:
     if isinstance(rounds, DiffusionRounds):
         return (report[:, TOKENS:] >= 0).sum(axis=1)
     if isinstance(rounds, SlidingRounds):
-        return (report[:, SLIDING_TOKENS:] >= 0).sum(axis=1)
+        return (report[:, final_columns(rounds.slot_size)] >= 0).sum(axis=1)
     first = rounds.columns.committed
     if rounds.width == 1:
         return report[:, first]
@@ -55,10 +55,10 @@ def commits(rounds: AnyRounds, report: np.ndarray, took_part: np.ndarray) -> Com
         seat = ((report[:, NUM_COMMON] != 0) & took_part).nonzero()[0]
         return Commits(seat, report[seat, NUM_FORWARDS] - 1, report[seat, NUM_COMMON + 1])
     if isinstance(rounds, DiffusionRounds | SlidingRounds):
-        first, begin = (PLACE, TOKENS) if isinstance(rounds, DiffusionRounds) else (SLIDING_PLACE, SLIDING_TOKENS)
-        tokens = report[:, begin:]
+        is_diffusion = isinstance(rounds, DiffusionRounds)
+        tokens = report[:, TOKENS:] if is_diffusion else report[:, final_columns(rounds.slot_size)]
         seat, place = ((tokens >= 0) & took_part[:, None]).nonzero()
-        return Commits(seat, report[seat, first] + place, tokens[seat, place])
+        return Commits(seat, report[seat, PLACE if is_diffusion else SLIDING_PLACE] + place, tokens[seat, place])
     columns, width, slot_size = rounds.columns, rounds.width, rounds.slot_size
     count = report[:, columns.committed : columns.committed + width]  # [B, W]
     drafts = report[:, columns.drafts : columns.drafts + width * slot_size].reshape(-1, width, slot_size)

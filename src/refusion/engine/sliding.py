@@ -115,7 +115,7 @@ class SlidingExperience:
         share = count / self.weight
         before, report, drafted = before[others], report[others], drafted[others]
         is_hit = report[:, NUM_KNOWN] > 1
-        written = (report[:, TOKENS:] >= 0).sum(axis=1) - is_hit
+        written = (report[:, TOKENS : TOKENS + self.slots.slot_size + 1] >= 0).sum(axis=1) - is_hit
         has_failed = (drafted > 0) & (report[:, IS_WHOLE] == 0) & (report[:, IS_DONE] == 0)
         counts = np.bincount(written[has_failed], minlength=len(self.failed))[: len(self.failed)]
         self.written += share * (written.mean() - self.written)

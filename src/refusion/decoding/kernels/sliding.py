@@ -107,6 +107,7 @@ def settle(rounds: SlidingRounds, readout: Readout, spans: Spans, *, start: int,
         rounds.table.values,
         rounds.table.values.stride(0),
         readout.token_ids,
+        readout.confidence,
         readout.given_probability,
         readout.given_is_argmax.view(torch.uint8),
         readout.runner_ups,
@@ -231,6 +232,7 @@ def _settle(
     table,
     line_stride,
     drawn_ids,
+    confidence,
     given_probability,
     given_is_argmax,
     drawn_runner_ups,
@@ -267,7 +269,7 @@ def _settle(
     seat = tl.program_id(0)
     line = table + seat.to(tl.int64) * line_stride
     chain, runner_ups = line + CHAIN, line + CHAIN + N
-    drawn = Drawn(drawn_ids, None, given_probability, given_is_argmax, drawn_runner_ups, num_rows)
+    drawn = Drawn(drawn_ids, confidence, given_probability, given_is_argmax, drawn_runner_ups, num_rows)
     forward = read_forward(table, line_stride, seat, True, num_lengths, K, M, R, A)
     is_active = forward.is_active
     written = tl.load(line + NUM_WRITTEN).to(tl.int32)
@@ -311,6 +313,14 @@ def _settle(
 
     out = report + seat.to(tl.int64) * report_stride
     overflow = tl.minimum(tl.maximum(begin + forward.needed - num_rows, 0), forward.needed)
-    counts = Report(is_done, num_forwards, overflow, forward.needed, num_cached + kept, known, drafted, is_whole, after.has_end, written)
-    put_report(out, counts)
+    score = tl.where(is_active, after.score, 0.0).to(tl.int32, bitcast=True)
+    num_passed = tl.where(is_active & (forward.drafted > 0), stands - forward.known, -1)
+    put_report(
+        out,
+        Report(
+            is_done, num_forwards, overflow, forward.needed, num_cached + kept, known, drafted, is_whole, after.has_end, score, num_passed,
+            forward.is_whole, written,
+        ),
+    )  # fmt: skip
     tl.store(out + TOKENS + place, tl.where(is_active & (place < num_final), final, -1), mask=is_place)
+    tl.store(out + TOKENS + N + place, tl.where(is_active & after.is_draft, after.chain, -1), mask=is_place)

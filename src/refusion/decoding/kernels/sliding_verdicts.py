@@ -34,11 +34,13 @@ class Next(NamedTuple):
     drafted: tl.tensor
     chain: tl.tensor  # [N]
     runner_ups: tl.tensor  # [N, R] -1: none
+    is_draft: tl.tensor  # [N]
     has_end: tl.tensor  # an EOS is among the drafts
+    score: tl.tensor  # confidence of the first draft, 0 where there is none
 
 
 class Report(NamedTuple):
-    """A line of `refusion.decoding.sliding_report` without the tokens, as its columns are ordered."""
+    """A line of `refusion.decoding.sliding_report` without tokens and drafts, as its columns are ordered."""
 
     is_done: tl.tensor
     num_forwards: tl.tensor
@@ -49,6 +51,9 @@ class Report(NamedTuple):
     num_drafted: tl.tensor
     is_whole: tl.tensor
     has_end: tl.tensor
+    score: tl.tensor
+    num_passed: tl.tensor
+    from_plan: tl.tensor
     place: tl.tensor
 
 
@@ -128,7 +133,8 @@ def draft_next(
         which = tl.arange(0, R_PADDED)[None, :]
         is_ranked = is_draft[:, None] & (which < R)
         runner_ups = tl.load(drawn.runner_ups + row[:, None] * runner_ups_stride + which, mask=is_ranked, other=-1).to(tl.int32)
-    return Next(known, drafted, chain, runner_ups, has_end)
+    score = tl.load(drawn.confidence + there(first_row, drawn.num_rows), mask=drafted > 0, other=0.0)
+    return Next(known, drafted, chain, runner_ups, is_draft, has_end, score)
 
 
 @triton.jit
