@@ -7,7 +7,8 @@
 #     bash benchmarks/comparison_campaign.sh ablate SEED                 # one setting at a time on the model of this seed and recipe ABLATED
 #     bash benchmarks/comparison_campaign.sh suite                       # seven benchmarks with base and default model
 #     bash benchmarks/comparison_campaign.sh all STEPS SEED...           # train, ask, speed, ablate, suite
-# GPUS=2 shares the trainings and questions among two; speed and ablate take the first one (or the one in CUDA_VISIBLE_DEVICES).
+# ASKED="refusion autoregressive" asks those contenders only. GPUS=2 shares the trainings and questions among two; speed and ablate take
+# the first one (or the one in CUDA_VISIBLE_DEVICES).
 # Every stage ends after its seconds (TRAIN_S, ASK_S, SPEED_S, ABLATE_S, SUITE_S) and goes on where it stopped if it is run again, as long
 # as $WORK is there: trainings from their checkpoints, everything else answer by answer. `all` goes on to the next stage either way.
 # What comes back lies in $OUT: comparison-$GPU.json, ablations-$GPU.json, ablations-plain-$GPU.json, state.tgz (answers, logs, training
@@ -54,8 +55,11 @@ train_one() { # RECIPE-SEED; what runs out of time saves a checkpoint
 
 ask() { # SEED...
     local ends=$((SECONDS + ASK_S)) seeds="$*"
-    pool "$ASK_JOBS" ask_one refusion_few refusion autoregressive "masked_diffusion masked_diffusion_fast" "refusion_one_by_one block_diffusion" \
-        refusion_paper plain
+    local asked=(refusion_few refusion autoregressive "masked_diffusion masked_diffusion_fast" "refusion_one_by_one block_diffusion"
+        "refusion_sliding refusion_few_sliding" refusion_paper plain)
+    # shellcheck disable=SC2206 # names are words
+    [ -z "${ASKED:-}" ] || asked=($ASKED)
+    pool "$ASK_JOBS" ask_one "${asked[@]}"
     # shellcheck disable=SC2086
     limited result comparison --seeds $seeds --speed-only --batch-sizes --output "$WORK/comparison.json" $ASK_OPTIONS
 }
@@ -143,5 +147,5 @@ left() { # seconds of this stage
 case ${1:-} in
     prepare | train | ask | speed | ablate | suite) stage "$@" ;;
     all) "$@" ;;
-    *) sed -n '2,12p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,13p' "$0" >&2; exit 2 ;;
 esac
