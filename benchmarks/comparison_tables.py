@@ -1,4 +1,4 @@
-"""Tables of the seven benchmarks, the controlled comparison, ablations, recipes and published numbers; `tables.py` puts them into documents.
+"""Tables of the benchmarks, the controlled comparison, ablations, recipes and published numbers; `tables.py` puts them into documents.
 
 `suite`: result files of `refusion eval` side by side, files of one title together in one column. `ablations`: a file's title is the group
 that is shown. `published`: claims of others with their conditions, from a file that is no result of ours.
