@@ -1,4 +1,4 @@
-"""Tables of the seven benchmarks, the controlled comparison, the ablations and the published numbers; `tables.py` puts them into documents.
+"""Tables of the benchmarks, the controlled comparison, ablations, recipes and published numbers; `tables.py` puts them into documents.
 
 `suite`: result files of `refusion eval` side by side, files of one title together in one column. `ablations`: a file's title is the group
 that is shown. `published`: claims of others with their conditions, from a file that is no result of ours.
@@ -131,6 +131,30 @@ def ablations(sources: Sequence[Source]) -> list[str]:
     return rows(head, body)
 
 
+def recipes(sources: Sequence[Source]) -> list[str]:
+    """The arms of `recipe_ablations.py`."""
+    head = [
+        "",
+        "steps",
+        "tokens per forward",
+        "agreement",
+        "one by one",
+        "base NLL",
+        "validation: AR",
+        "MDM",
+        "tokens per answer",
+        "repetitive",
+    ]
+    names = ["tokens_per_forward", "agreement", "agreement_one_by_one", "base_nll", "validation_ar", "validation_mdm", "mean_tokens"]
+    forms = [two, with_interval, with_interval, three, three, three, whole, percent]
+    body = []
+    for run in _runs(sources, "changes"):
+        f = run["figures"]
+        cells = [form(f.get(name)) for name, form in zip([*names, "repetitive_share"], forms, strict=True)]
+        body.append([run["label"], whole(run["settings"]["steps"]), *cells])
+    return rows(head, body)
+
+
 def published(sources: Sequence[Source]) -> list[str]:
     """Claims of others, word by word as the file has them."""
     return rows(list(CLAIM), [[claim[name] for name in CLAIM] for source in sources for claim in source.content["claims"]])
@@ -139,7 +163,7 @@ def published(sources: Sequence[Source]) -> list[str]:
 KINDS: dict[str, Callable[[Sequence[Source]], list[str]]] = {
     "suite": suite, "suite-cost": suite_cost, "comparison": comparison, "comparison-cost": comparison_cost,
     "comparison-training": comparison_training, "differences": differences,
-    "ratios": ratios, "ablations": ablations, "published": published,
+    "ratios": ratios, "ablations": ablations, "recipes": recipes, "published": published,
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@
 A table stands between `<!-- table:KIND FILE FILE="a title" -->` and `<!-- /table -->`. FILE is a result file's name without `.json`;
 every run of it becomes a row (a column in side-by-side). Kinds: chat, tasks, families, cpu, forward, serving, masked-diffusion, quantized,
 fusion, training, parity, side-by-side, and those of `comparison_tables`: suite, suite-cost, comparison, comparison-cost,
-comparison-training, differences, ratios, ablations, published.
+comparison-training, differences, ratios, ablations, recipes, published.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from refusion.slots import (
     autoregressive_row,
     cut_slots,
     keyed_uniforms,
+    mask_probability,
     permute_slots,
     permuted_row,
     row_generator,
@@ -138,6 +139,36 @@ def test_the_same_key_gives_the_same_row(seed: int, epoch: int, example: int) ->
     draws = [permute_slots([1, 2], list(range(80)), mask_token_id=MASK, generator=row_generator(seed, epoch, example)) for _ in range(2)]
     assert draws[0].input_ids.tolist() == draws[1].input_ids.tolist()
     assert draws[0].mask_probability == draws[1].mask_probability
+
+
+def test_noise_shapes_the_masking_probability_and_uniform_is_the_papers() -> None:
+    assert mask_probability(0.25) == (1.0 - 1e-3) * 0.25 + 1e-3
+    assert [mask_probability(u, "cosine") for u in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.70740, 0.001], abs=1e-5)
+    assert [mask_probability(u, "clipped") for u in (0.0, 0.5, 1.0)] == pytest.approx([0.3007, 0.55045, 0.8002], abs=1e-5)
+    rows = [
+        permute_slots([1, 2], list(range(80)), mask_token_id=MASK, generator=row_generator(0, 0, i), slot_size=4, noise="clipped")
+        for i in range(300)
+    ]
+    assert 0.3 <= min(row.mask_probability for row in rows) < 0.33
+    assert 0.77 < max(row.mask_probability for row in rows) <= 0.81
+
+
+@given(lengths, seeds, st.sampled_from([1, 4, 8]))
+def test_without_border_targets_a_serial_row_lacks_the_first_token_of_each_slot_alone(sizes: tuple[int, int], seed: int, k: int) -> None:
+    prompt, answer = _pair(sizes)
+    whole, bare = (
+        serial_row(prompt, answer, mask_token_id=MASK, generator=row_generator(seed, 0, 0), slot_size=k, has_border_targets=is_taught)
+        for is_taught in (True, False)
+    )
+    masked = np.flatnonzero(whole.is_masked)
+    firsts = whole.labels[masked[np.diff(whole.group[masked], prepend=0) != 0]]  # the first token of each slot
+    lost = np.flatnonzero(whole.labels != bare.labels)
+    taught = set(whole.labels[~whole.is_masked].tolist())
+    assert whole.labels[lost].tolist() == [token for token in firsts.tolist() if token in taught]
+    assert (bare.labels[lost] == IGNORED).all()
+    assert not bare.weights[lost].any()
+    assert (bare.teacher_rows[lost] == -1).all()
+    assert whole.input_ids.tolist() == bare.input_ids.tolist()
 
 
 def test_keys_that_differ_give_different_rows() -> None:

@@ -9,8 +9,10 @@ Visibility, for every layout alike: inside its document token i sees token j if 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,7 @@ IGNORED = -100
 NO_TERM, AR_TERM, MDM_TERM = 0, 1, 2
 DEFAULT_SLOT_SIZES = (4, 8, 16, 32)
 MIN_MASK_PROBABILITY = 1e-3
+Noise = Literal["uniform", "cosine", "clipped"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,20 +99,31 @@ def permute_slots(
     slot_size: int | None = None,
     slot_sizes: Sequence[int] = DEFAULT_SLOT_SIZES,
     keep_text_order: bool = False,
+    noise: Noise = "uniform",
 ) -> SlotRow:
     """Corrupt one example as the paper does: prompt | clean slots in random order | masked slots in text order.
 
-    Draws, in this order: the slot size (unless given), t ~ U(0, 1) with p = (1 - 1e-3) t + 1e-3, which slots are masked (each with
-    probability p), the order of the clean ones (kept as in the text with `keep_text_order`). The answer must not be empty.
+    Draws, in this order: the slot size (unless given), the masking probability p as `noise` says (`mask_probability`), which slots are
+    masked with probability p each, the order of the clean ones (kept as in the text with `keep_text_order`). The answer must not be empty.
     """
     size = int(generator.choice(_array(slot_sizes))) if slot_size is None else slot_size
     borders = cut_slots(len(answer_ids), size)
-    probability = (1.0 - MIN_MASK_PROBABILITY) * float(generator.random()) + MIN_MASK_PROBABILITY
+    probability = mask_probability(float(generator.random()), noise)
     is_masked_slot = generator.random(len(borders) - 1) < probability
     clean_order = np.flatnonzero(~is_masked_slot).astype(np.int64)
     if not keep_text_order:
         clean_order = generator.permutation(clean_order)
     return permuted_row(prompt_ids, answer_ids, borders, clean_order, mask_token_id=mask_token_id, mask_probability=probability)
+
+
+def mask_probability(u: float, noise: Noise = "uniform") -> float:
+    """p for u drawn from U(0, 1): (1 - 1e-3) t + 1e-3, so that no weight 1 / p explodes.
+
+    uniform: t = u. cosine: t = cos(pi / 2 u), 2 / pi in the mean (MaskGIT, arXiv 2202.04200). clipped: t = 0.3 + 0.5 u, neither few masks
+    nor almost all (after the clipped schedules of BD3-LM, arXiv 2503.09573).
+    """
+    t = math.cos(0.5 * math.pi * u) if noise == "cosine" else 0.3 + 0.5 * u if noise == "clipped" else u
+    return (1.0 - MIN_MASK_PROBABILITY) * t + MIN_MASK_PROBABILITY
 
 
 def permuted_row(
@@ -165,12 +179,13 @@ def serial_row(
     slot_size: int,
     max_groups: int | None = None,
     max_length: int | None = None,
+    has_border_targets: bool = True,
 ) -> SlotRow:
     """The whole answer clean in text order, then one mask group per slot that sees prompt and answer *before* the slot only.
 
-    Every answer token is an AR target (the prompt's last token predicts the first, slot borders included) and every slot is a masked
-    target too, with p = 1. The first cut falls after 1..slot_size tokens, so cuts fall everywhere. `max_groups` and `max_length` keep
-    a random subset of the slots where a row would get too long.
+    Every answer token is an AR target and every slot is a masked target too, with p = 1. The first cut falls after 1..slot_size tokens, so
+    cuts fall everywhere. `max_groups` and `max_length` keep a random subset of the slots where a row would get too long. Without
+    `has_border_targets` the first token of a slot is no AR target, as in the paper's layout.
     """
     prompt, answer = _array(prompt_ids), _array(answer_ids)
     num_prompt, length = len(prompt), len(answer)
@@ -182,6 +197,8 @@ def serial_row(
     inside = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     masked = starts + inside  # [M] answer positions
     plain = autoregressive_row(prompt_ids, answer_ids)
+    if not has_border_targets:
+        plain = _without_targets(plain, num_prompt + borders[:-1] - 1)
     num_masked = len(masked)
     return SlotRow(
         input_ids=np.concatenate([prompt, answer, np.full(num_masked, mask_token_id, dtype=np.int64)]),
@@ -220,6 +237,17 @@ def autoregressive_row(prompt_ids: Sequence[int] | IntArray, answer_ids: Sequenc
         mask_probability=1.0,
         answer_length=len(answer),
         slot_size=len(answer),
+    )
+
+
+def _without_targets(row: SlotRow, index: IntArray) -> SlotRow:
+    """The row where the tokens of `index` predict nothing; -1 stands for the token before the first."""
+    is_kept = ~np.isin(np.arange(len(row.labels)), index)
+    return replace(
+        row,
+        labels=np.where(is_kept, row.labels, IGNORED),
+        terms=np.where(is_kept, row.terms, NO_TERM),
+        teacher_rows=np.where(is_kept, row.teacher_rows, -1),
     )
 
 

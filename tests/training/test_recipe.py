@@ -65,6 +65,8 @@ def test_overrides_take_full_and_bare_names_and_toml_values(minimal: Path) -> No
         ("objective.name=autoregresive", "must be one of .*; did you mean 'autoregressive'?"),
         ("objective.distill=1.5", r"objective.distill = 1.5 must be in \[0, 1\]"),
         ("slot_sizes=[0]", "objective.slot_sizes = .* must be positive sizes"),
+        ("serial_borders=false", "objective.serial_borders = False must be left out: there are no serial rows"),
+        ("objective.noise=linear", "objective.noise = 'linear' must be one of 'uniform', 'cosine', 'clipped'"),
         ("seed=x", "run.seed = 'x' must be of type int"),
         ("pack_length=100", "data.pack_length = 100 must be a multiple of 8"),
         ("data.sources=[]", "data.sources = .* must be at least one source"),
@@ -77,6 +79,12 @@ def test_overrides_take_full_and_bare_names_and_toml_values(minimal: Path) -> No
 def test_a_mistake_in_a_recipe_is_named_with_the_way_out(minimal: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(minimal, [override])
+
+
+def test_noise_is_refused_where_every_slot_is_masked(minimal: Path) -> None:
+    assert load_recipe(minimal, ["noise=cosine", "serial_share=0.5"]).objective.noise == "cosine"
+    with pytest.raises(ConfigError, match=r"objective.noise = 'cosine' must be left out: all rows are serial"):
+        load_recipe(minimal, ["noise=cosine", "serial_share=1"])
 
 
 def test_an_unreadable_recipe_is_one_line(tmp_path: Path) -> None:

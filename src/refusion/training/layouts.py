@@ -85,10 +85,17 @@ class ReFusionLayout:
                 slot_size=slot_size,
                 max_groups=self.settings.serial_groups or None,
                 max_length=self.pack_length,
+                has_border_targets=self.settings.serial_borders,
             )
         keeps_order = keyed_uniforms(self.seed, epoch, ids, TEXT_ORDER_STREAM)[0] < self.settings.text_order_share
         return permute_slots(
-            prompt, answer, mask_token_id=self.mask_token_id, generator=generator, slot_size=slot_size, keep_text_order=bool(keeps_order)
+            prompt,
+            answer,
+            mask_token_id=self.mask_token_id,
+            generator=generator,
+            slot_size=slot_size,
+            keep_text_order=bool(keeps_order),
+            noise=self.settings.noise,
         )
 
     def lengths(self, epoch: int, ids: IntArray, prompt: IntArray, answer: IntArray) -> IntArray:

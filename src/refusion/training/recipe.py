@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from refusion.errors import ConfigError
-from refusion.slots import DEFAULT_SLOT_SIZES
+from refusion.slots import DEFAULT_SLOT_SIZES, Noise
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -138,7 +138,9 @@ _USED_BY = {
     "slot_sizes": ("refusion",),
     "serial_share": ("refusion",),
     "serial_groups": ("refusion",),
+    "serial_borders": ("refusion",),
     "text_order_share": ("refusion",),
+    "noise": ("refusion",),
     "distill": ("refusion", "autoregressive"),
     "teacher": ("refusion", "autoregressive"),
     "ar_weight": ("refusion",),
@@ -161,8 +163,13 @@ class ObjectiveSettings:
     """Probability of the serial layout (clean answer in text order + a mask group per slot) instead of the paper's; 0 = paper."""
     serial_groups: int = 0
     """At most so many mask groups in a serial row; 0 = every slot."""
+    serial_borders: bool = True
+    """Whether the next-token head learns the first token of each slot in a serial row, from the last one before it."""
     text_order_share: float = 0.0
     """Probability that clean slots of the paper's layout keep text order; 0 = paper."""
+    noise: Noise = "uniform"
+    """How the paper's layout draws its masking probability from u ~ U(0, 1): uniform = u, the paper's; cosine = cos(pi / 2 u), more masks;
+    clipped = 0.3 + 0.5 u. The weight of a masked token is 1 / (p * answer length) with each of them."""
     distill: float = 0.0
     """Share in [0, 1] of the teacher's softmax in the target of clean tokens and of each serial group's first mask."""
     teacher: str = ""
@@ -183,6 +190,9 @@ class ObjectiveSettings:
         for name in ("serial_share", "text_order_share", "distill"):
             _require(0 <= getattr(self, name) <= 1, f"objective.{name}", getattr(self, name), "in [0, 1]")
         _require(self.serial_groups >= 0, "objective.serial_groups", self.serial_groups, "0 or more")
+        has_serial, is_paper_noise = self.serial_share > 0, self.noise == "uniform"
+        _require(has_serial or self.serial_borders, "objective.serial_borders", False, "left out: there are no serial rows")
+        _require(self.serial_share < 1 or is_paper_noise, "objective.noise", self.noise, "left out: all rows are serial, without a draw")
         _require(not self.teacher or self.distill > 0, "objective.teacher", self.teacher, "left out where objective.distill is 0")
         _require(self.ar_weight > 0, "objective.ar_weight", self.ar_weight, "above 0")
         _require(self.chunk_size > 0, "objective.chunk_size", self.chunk_size, "above 0")
