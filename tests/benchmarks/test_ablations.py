@@ -54,6 +54,8 @@ def test_every_arm_is_measured_and_none_twice(script: Script, options: list[obje
     wide = runs["slots: 16 in 128"]
     assert (wide["settings"]["slots"]["slot_size"], wide["settings"]["slots"]["block_size"]) == (16, 128)
     assert {"accuracy", "tokens_per_forward", "tokens_per_second", "over_autoregressive", "chat_agreement"} <= wide["figures"].keys()
+    assert {"prepared_lengths", "prepared_lengths_last"} <= wide["figures"].keys()
+    assert runs["fusion: two-pass"]["figures"]["prepared_lengths"] == 0
     assert "tokens_per_second" not in runs["kv: computed anew, slot 0.9"]["figures"]  # the plain decoder
     fused, two_pass = (runs[f"fusion: {name}"]["figures"] for name in ("fused rounds and infill", "two-pass"))
     assert fused["mean_tokens"] == two_pass["mean_tokens"]  # the same tokens
