@@ -41,7 +41,8 @@ run() { # NAMES
 
 run_one() { # NAME
     local began=$SECONDS
-    [ -z "${MADE_UP_GPQA:-}" ] || evaluate "$1" gpqa-made-up --tasks gpqa || echo "$1: made-up GPQA is not finished" >&2
+    [ -z "${MADE_UP_GPQA:-}" ] || evaluate "$1" gpqa-made-up --tasks gpqa ${WHOLE_LIMIT:+--limit "$WHOLE_LIMIT"} ||
+        echo "$1: made-up GPQA is not finished" >&2
     [ "${PARTS:-}" != made-up ] || return 0
     evaluate "$1" whole --tasks gsm8k,arc_challenge,humaneval,mbpp,gpqa ${WHOLE_LIMIT:+--limit "$WHOLE_LIMIT"} &&
         evaluate "$1" part --tasks mmlu_pro,math --limit "$LIMIT" || echo "$1 is not finished; the same command goes on" >&2

@@ -140,7 +140,9 @@ def _print_table(content: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(Column("benchmark", no_wrap=True), *(f"{name}" for name in ("score %", "± s.e.", "questions", "tokens/forward", "tokens/s")))
+    table = Table(
+        Column("benchmark", no_wrap=True), *(f"{name}" for name in ("score %", "± s.e.", "questions", "tokens/forward", "tokens/s"))
+    )
     for run in content["runs"]:
         figures = run["figures"]
         table.add_row(
