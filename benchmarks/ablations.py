@@ -78,6 +78,9 @@ class Answer:
 def arms() -> list[Arm]:
     """All of them, most telling first."""
     found = [Arm(group="slots", label="common", changes={})]
+    # Blocks and drafts behind a cut are what sliding does otherwise; thresholds stay as they are.
+    sliding = {"sliding": True, "slot_size": 16, "infill_length": 4, "alternatives": 2}
+    found.append(Arm(group="slots", label="16 sliding", changes=sliding))
     for width in (32, 64, 128):
         for size in (4, 8, 16, 32):
             found.append(Arm(group="slots", label=f"{size} in {width}", changes={"slot_size": size, "block_size": width}))
