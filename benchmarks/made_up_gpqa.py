@@ -25,7 +25,7 @@ from refusion.atomic import atomic_file
 from refusion.errors import ConfigError, DataError
 from refusion.evaluation.benchmark_data import MADE_UP, read_table
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3",
     "Explanation", "Subdomain", "High-level domain", "Record ID",
 )  # fmt: skip
