@@ -5,13 +5,14 @@
     python benchmarks/ablations.py --arms 'slots: common' 'slots: * in 32' 'rules: *' --seconds 100
     python benchmarks/ablation_plots.py                                # the plots in docs/ from the result file
 
-Groups: `slots` (slot size by block width), `thresholds`, `rules` (acceptance and correction), `fusion`, `infill` (alternatives, and how
-much is drafted behind a failed draft), `kv` (keys and values as the infill left them, or computed anew among siblings) and `score` (by what
-a plan chooses slots). Accuracy is that of the predictable tasks, agreement that of held-out chat; tokens/s are measured at batch 1, every
-arm in turn with autoregressive decoding of the same weights. `kv` and `score` run the plain decoder (`refusion.decoding.variants`), which
-has no speed worth telling.
+Groups: `slots` (slot size by block width, and slots that slide), `thresholds`, `rules` (acceptance and correction), `fusion`, `infill`
+(alternatives, and how much is drafted behind a failed draft), `kv` (keys and values as the infill left them, or computed
+anew among siblings) and `score` (by what a plan chooses slots). Accuracy is that of the predictable tasks, agreement that of held-out chat;
+tokens/s are measured at batch 1, every arm in turn with autoregressive decoding of the same weights. `kv` and `score` run the plain decoder
+(`refusion.decoding.variants`), which has no speed worth telling.
 
-Tokens per forward are those of forwards that prepare every length the settings allow; when timed, the engine prepares as many as pay.
+Tokens per forward are those of forwards that prepare every length the settings allow; when timed, the engine prepares as many as pay:
+`prepared_lengths` in the mean, `prepared_lengths_last` in the last forward.
 The result file is written after every arm, and arms that are in it already are not measured again.
 """
 
@@ -77,6 +78,9 @@ class Answer:
 def arms() -> list[Arm]:
     """All of them, most telling first."""
     found = [Arm(group="slots", label="common", changes={})]
+    # Blocks and drafts behind a cut are what sliding does otherwise; thresholds stay as they are.
+    sliding = {"sliding": True, "slot_size": 16, "infill_length": 4, "alternatives": 2}
+    found.append(Arm(group="slots", label="16 sliding", changes=sliding))
     for width in (32, 64, 128):
         for size in (4, 8, 16, 32):
             found.append(Arm(group="slots", label=f"{size} in {width}", changes={"slot_size": size, "block_size": width}))
@@ -282,7 +286,8 @@ class Bench:
             server.serve(Load(), turn.decoder, prompts, 1)  # so that everything is compiled and captured
         take_turns([turn.take for turn in turns], prompts)
         ours, other = (turn.load.tokens_per_second for turn in turns)
-        return {"tokens_per_second": ours, "autoregressive_tokens_per_second": other, "over_autoregressive": ours / other}
+        speeds = {"tokens_per_second": ours, "autoregressive_tokens_per_second": other, "over_autoregressive": ours / other}
+        return speeds | turns[0].load.prepared_figures
 
 
 def params(slots: SlotSettings) -> SlotParams:

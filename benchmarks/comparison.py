@@ -378,7 +378,7 @@ class Bench:
                     break
             # Which prompts there was time for differs, so only the sums mean something.
             total = {"num_tokens": load.num_tokens, "num_forwards": sum(out.stats.num_forwards for out in load.outputs)}
-            about = {"num_requests": len(load.outputs), "num_first_runs": load.num_first_runs}
+            about = {"num_requests": len(load.outputs), "num_first_runs": load.num_first_runs, "prepared": prepared_in(load)}
             self.log.append(contender.name, [{"task": key, "doc_id": 0, "scores": {"wall": load.seconds}, **about, **total}])
             self.known.add((key, 0))
             print(f"{key}: {load.tokens_per_second:.0f} tokens/s", file=sys.stderr)
@@ -395,7 +395,9 @@ class Bench:
         take_turns([turn.take for turn in turns], everybody)
         take_turns([turn.take for turn, slow in zip(turns, is_slow, strict=True) if not slow], prompts[len(everybody) :])
         for key, turn, (contender, _) in zip(keys, turns, pairs, strict=True):
-            self.append(contender, key, range(len(turn.load.outputs)), turn.load.outputs, [{"wall": wall} for wall in turn.walls])
+            about = [{"prepared": prepared} for prepared in turn.prepared]
+            walls = [{"wall": wall} for wall in turn.walls]
+            self.append(contender, key, range(len(turn.load.outputs)), turn.load.outputs, walls, about)
             print(f"{key}: {turn.load.tokens_per_second:.0f} tokens/s", file=sys.stderr)
 
     def server(self, contender: Contender, model: Model, llms: dict[str, LLM]) -> Server:
@@ -416,13 +418,20 @@ class Bench:
         return LLM.from_pretrained(self.args.base, device=self.args.device, dtype="float32")
 
     def append(
-        self, contender: Contender, key: str, numbers: Sequence[int], outputs: Sequence[Any], scores: Sequence[dict[str, float]]
+        self,
+        contender: Contender,
+        key: str,
+        numbers: Sequence[int],
+        outputs: Sequence[Any],
+        scores: Sequence[dict[str, float]],
+        about: Sequence[Row] | None = None,
     ) -> None:
+        """about: what else is to stand in each row."""
         rows = []
-        for i, out, score in zip(numbers, outputs, scores, strict=True):
+        for i, out, score, more in zip(numbers, outputs, scores, about or [{}] * len(outputs), strict=True):
             stats = out.stats
             cost = {"num_tokens": stats.num_tokens, "num_forwards": stats.num_forwards, "is_cut": out.finish_reason == "length"}
-            rows.append({"task": key, "doc_id": i, "scores": score, **cost})
+            rows.append({"task": key, "doc_id": i, "scores": score, **more, **cost})
         self.log.append(contender.name, rows)
         self.known |= {(key, i) for i in numbers}
 
@@ -450,12 +459,13 @@ def own_likelihoods(llm: LLM, contender: Contender, pairs: Sequence[Pair], batch
 
 @dataclass(slots=True)
 class Turns:
-    """One contender's turns at batch 1, and how long each took."""
+    """One contender's turns at batch 1, how long each took and, as `prepared_in` tells it, what it prepared."""
 
     server: Server
     decoder: str
     load: Load = field(default_factory=Load)
     walls: list[float] = field(default_factory=list)
+    prepared: list[list[int]] = field(default_factory=list)
 
     def take(self, prompts: Sequence[Any]) -> None:
         for _ in range(MOST_TRIES):
@@ -463,10 +473,15 @@ class Turns:
             self.server.serve(turn, self.decoder, prompts, 1)
             if not turn.num_first_runs:
                 break
-        self.load.outputs += turn.outputs
-        self.load.seconds += turn.seconds
-        self.load.num_first_runs += turn.num_first_runs
+        self.load.add(turn)
         self.walls.append(turn.seconds)
+        self.prepared.append(prepared_in(turn))
+
+
+def prepared_in(load: Load) -> list[int]:
+    """Forwards of slot decoding, the lengths that they prepared together, and those that the last one did; nothing without slots."""
+    lengths = load.prepared_lengths
+    return [len(lengths), sum(lengths), lengths[-1]] if lengths else []
 
 
 def mixed(asked: Sequence[Task]) -> Iterator[Row]:

@@ -94,8 +94,9 @@ ablate() { # SEED
     limited ablations $PYTHON benchmarks/ablations.py --model "$WORK/runs/comparison/$ABLATED-$1/final" --device "$DEVICE" --base "$BASE" \
         --chat-data "$DATA/heldout.jsonl.gz" --chat-rows 64 --limit 280 --speed-prompts 7 --seconds "$(left)" --output "$WORK/ablations.json" \
         --groups slots thresholds rules fusion infill --arms 'slots: common' 'slots: 4 in 32' 'slots: 8 in 32' 'slots: 16 in 32' \
-        'slots: 32 in 32' 'slots: 16 in 128' 'rules: *' 'infill: [01] alternatives' 'infill: 2 behind*' 'fusion: two-pass' \
-        'thresholds: slot 0.5' 'thresholds: token 0.1' 'thresholds: token 0.8' '*' $COMMON_SLOTS $ABLATE_OPTIONS
+        'slots: 32 in 32' 'slots: 16 in 128' 'slots: 32 in 128' 'slots: 16 sliding' 'rules: *' 'infill: [01] alternatives' \
+        'infill: 2 behind*' 'fusion: two-pass' 'thresholds: slot 0.5' 'thresholds: token 0.1' 'thresholds: token 0.8' '*' \
+        $COMMON_SLOTS $ABLATE_OPTIONS
 }
 
 suite() {

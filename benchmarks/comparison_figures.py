@@ -196,6 +196,7 @@ class _Table:
                 figures[f"tokens_per_forward_{task.removeprefix('speed_')}"] = _tokens_per_forward(rows)
                 if all("num_first_runs" in row for row in rows):  # at batch 1 the log does not hold it
                     figures[f"first_runs_{task.removeprefix('speed_')}"] = sum(row["num_first_runs"] for row in rows)
+                figures |= _prepared(rows, task.removeprefix("speed_"))
         return figures
 
     def _speed_tasks(self) -> list[str]:
@@ -229,6 +230,15 @@ def _accuracy(rows: Sequence[Row]) -> Figure:
 
 def _tokens_per_forward(rows: Sequence[Row]) -> Figure:
     return pooled_ratio([row["num_tokens"] for row in rows], [row["num_forwards"] for row in rows])
+
+
+def _prepared(rows: Sequence[Row], name: str) -> dict[str, Figure]:
+    """Accepted lengths that a forward of slot decoding prepared: in the mean, and the last one of the last seed. Old logs do not tell."""
+    found = [row["prepared"] for row in rows if row.get("prepared")]
+    if not found:
+        return {}
+    mean = sum(total for _, total, _ in found) / sum(forwards for forwards, _, _ in found)
+    return {f"prepared_lengths_{name}": mean, f"prepared_lengths_last_{name}": found[-1][2]}
 
 
 def _timed(rows: Sequence[Row]) -> list[tuple[float, float]]:

@@ -22,14 +22,15 @@ RESTS_ON_TOO_LOW = "rests on a speed that is too low (`*` in the table of speeds
 
 
 def suite(sources: Sequence[Source]) -> list[str]:
-    """Scores by benchmark; the mean is that over the benchmarks which every column has."""
+    """Scores by benchmark; the mean is that over the benchmarks which every column has, made-up rows apart."""
     columns, titles = _suite(sources)
     body = []
     for name, title in titles.items():
         counts = {str(found[name]["num_samples"]) for found in columns.values() if name in found}
         cells = [with_interval(found.get(name, {}).get("score")) for found in columns.values()]
         body.append([title, " / ".join(sorted(counts)), *cells])
-    shared = [name for name in titles if all(name in found for found in columns.values())]
+    made_up = {run["label"] for source in sources for run in source.content["runs"] if run["settings"].get("is_made_up")}
+    shared = [name for name in titles if name not in made_up and all(name in found for found in columns.values())]
     if shared:
         means = [sum(value_of(found[name]["score"]) or 0.0 for name in shared) / len(shared) for found in columns.values()]
         body.append([f"mean of {len(shared)}", "", *map(percent, means)])

@@ -1,10 +1,12 @@
-"""FSDP2 on two GPUs against one: the same recipe, its losses and final weights, and a run resumed from a sharded checkpoint.
+"""FSDP2 and DeepSpeed ZeRO on two GPUs against one: the same recipe, its losses and final weights, and FSDP2 resumed from a checkpoint.
 
     python benchmarks/two_gpus.py --base smollm2-135m --data 'pairs-*.jsonl.gz' --output two-gpus.json    # about two minutes
     python benchmarks/two_gpus.py --dry-run                                             # a toy model in two processes on a CPU
 
 Three runs: on one GPU; with torchrun on two, weights, gradients and optimizer sharded; and the second again from its middle checkpoint.
-The dry run, where accelerate does not shard, shares the toy model by plain data parallelism. Each run is `refusion train`, nothing less.
+Then, where DeepSpeed is installed, one for each of --zero-stages, on two GPUs too (3 without `model.compile`, as it must be); where it is
+not, they are left out and the result file says so. The dry run, where accelerate does not shard, shares the toy model by plain data
+parallelism instead of FSDP2. Each run is `refusion train`, nothing less.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="steps of a run; an even number")
     parser.add_argument("--rows", type=int, default=32, help="packed rows of 2048 tokens in a step")
     parser.add_argument("--seconds", type=float, default=150, help="a run that takes longer is ended")
+    parser.add_argument("--zero-stages", type=int, nargs="*", default=[2, 3], choices=[1, 2, 3], help="of DeepSpeed; none: it is not run")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("two-gpus.json"))
     args = parser.parse_args()
@@ -86,6 +89,10 @@ def compare(args: argparse.Namespace, place: Path) -> None:
     recipe.write_text(_recipe(args, place), encoding="utf-8")
     half = args.steps // 2
     sharded = [] if args.dry_run else ["--set", "parallel.name=fsdp"]
+    stages = args.zero_stages if find_spec("deepspeed") else []
+    left_out = (
+        "DeepSpeed is not installed (`pip install 'deepspeed>=0.19'`), so ZeRO was left out." if args.zero_stages and not stages else ""
+    )
     runs: list[Run] = []
 
     def add(name: str, command: list[str]) -> None:
@@ -93,12 +100,13 @@ def compare(args: argparse.Namespace, place: Path) -> None:
         settings = {name: value for name, value in vars(args).items() if name != "output"} | {
             "deepspeed": find_spec("deepspeed") is not None
         }
-        device = "cpu" if args.dry_run else "cuda"
-        write_result(args.output, Result(name="two-gpus", settings=settings, figures=_differences(args, place), runs=runs, device=device))
+        figures, device = _differences(args, place), "cpu" if args.dry_run else "cuda"
+        write_result(args.output, Result(name="two-gpus", settings=settings, figures=figures, runs=runs, notes=left_out, device=device))
         print(json.dumps({"label": name} | dict(runs[-1].figures)), flush=True)
 
     train = ["-m", "refusion", "train", str(recipe), "--json"]
-    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *train, *sharded]
+    on_two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *train]
+    together = [*on_two, *sharded]
     add("one", train)
     add("two", together)
     broken = place / "resumed"
@@ -107,6 +115,11 @@ def compare(args: argparse.Namespace, place: Path) -> None:
     for name in ("recipe.json", "data.json"):
         shutil.copy(place / "two" / name, broken)
     add("resumed", [*together, "--resume"])
+    for stage in stages:
+        eager = ["--set", "model.compile=false"] if stage == 3 else []
+        add(f"zero{stage}", [*on_two, "--set", "parallel.name=deepspeed", "--set", f"parallel.zero_stage={stage}", *eager])
+    if left_out:
+        print(left_out, file=sys.stderr)
     print(json.dumps(_differences(args, place)))
 
 
@@ -146,7 +159,8 @@ def _losses(run_dir: Path, steps: int) -> list[float]:
 def _differences(args: argparse.Namespace, place: Path) -> dict[str, float]:
     """How far two GPUs are from one, and the resumed run from the unbroken one, where they have run."""
     figures: dict[str, float] = {}
-    for name, first, second in (("two_against_one", "one", "two"), ("resumed_against_unbroken", "two", "resumed")):
+    zero = [(f"zero{stage}_against_one", "one", f"zero{stage}") for stage in args.zero_stages]
+    for name, first, second in (("two_against_one", "one", "two"), ("resumed_against_unbroken", "two", "resumed"), *zero):
         if not (place / second / "final").exists():
             continue
         losses = [_losses(place / run, args.steps) for run in (first, second)]

@@ -49,11 +49,16 @@ def test_every_arm_is_measured_and_none_twice(script: Script, options: list[obje
     code, out, err = script("ablations", *options)
     assert code == 0, err
     runs: dict[str, Any] = {run["label"]: run for run in read_result(tmp_path / "out.json")["runs"]}
-    assert len(runs) == len(out.splitlines()) == 49
+    assert len(runs) == len(out.splitlines()) == 50
     assert {run["settings"]["group"] for run in runs.values()} == {"slots", "thresholds", "rules", "fusion", "infill", "kv", "score"}
     wide = runs["slots: 16 in 128"]
     assert (wide["settings"]["slots"]["slot_size"], wide["settings"]["slots"]["block_size"]) == (16, 128)
+    sliding = runs["slots: 16 sliding"]["settings"]["slots"]
+    assert (sliding["sliding"], sliding["slot_size"], sliding["block_size"], sliding["infill_length"]) == (True, 16, None, 4)
+    assert {"slots: 32 in 128"} <= runs.keys()
     assert {"accuracy", "tokens_per_forward", "tokens_per_second", "over_autoregressive", "chat_agreement"} <= wide["figures"].keys()
+    assert {"prepared_lengths", "prepared_lengths_last"} <= wide["figures"].keys()
+    assert runs["fusion: two-pass"]["figures"]["prepared_lengths"] == 0
     assert "tokens_per_second" not in runs["kv: computed anew, slot 0.9"]["figures"]  # the plain decoder
     fused, two_pass = (runs[f"fusion: {name}"]["figures"] for name in ("fused rounds and infill", "two-pass"))
     assert fused["mean_tokens"] == two_pass["mean_tokens"]  # the same tokens

@@ -73,6 +73,8 @@ def test_all_is_measured_once_and_set_against_each_other(compare: Compare, tmp_p
     assert ours["settings"] == {"contender": "refusion", "seeds": [0, 1], "tasks": list(counts), "num_problems": counts}
     assert {"mean_accuracy", "accuracy_gcd", "chat_agreement", "chat_nll", "tokens_per_forward"} <= ours["figures"].keys()
     assert {"tokens_per_second_chat_1", "tokens_per_second_tasks_2"} <= ours["figures"].keys()
+    assert {"prepared_lengths_chat_1", "prepared_lengths_last_chat_1", "prepared_lengths_tasks_2"} <= ours["figures"].keys()
+    assert "prepared_lengths_chat_1" not in runs["autoregressive"]["figures"]
     assert runs["autoregressive"]["figures"]["chat_agreement"]["value"] == 1.0  # the base is the same model
     assert runs["autoregressive"]["figures"]["tokens_per_forward"]["value"] == 1.0
     assert "accuracy_predictable_addition" in runs["refusion seed 1"]["figures"]
@@ -146,6 +148,7 @@ def test_who_was_asked_fewer_problems_is_set_against_the_others_on_those(monkeyp
     for model, num_first_runs in zip(models[1:], (3, 0), strict=True):
         key = comparison_figures.key_of(model.recipe, 0, model.sha256, "speed_chat_32")
         rows.append({"task": key, "doc_id": 0, "scores": {"wall": 1.0}, "num_first_runs": num_first_runs, **cost})
+    rows[-1] |= {"prepared": [4, 10, 2]}  # 10 lengths in 4 forwards, 2 in the last one
     result = comparison_figures.result(rows, models, contenders, [task], {})
     runs = {run.label: run for run in result.runs}
     assert result.settings["unfinished"] == []
@@ -159,6 +162,8 @@ def test_who_was_asked_fewer_problems_is_set_against_the_others_on_those(monkeyp
     first_runs = {name: {key: value for key, value in run.figures.items() if key.startswith("first_runs")} for name, run in runs.items()}
     assert first_runs["block_diffusion"] == {"first_runs_chat_32": 3}
     assert (first_runs["masked_diffusion"], first_runs["autoregressive"]) == ({"first_runs_chat_32": 0}, {})
+    prepared = [runs["masked_diffusion"].figures[f"prepared_lengths_{name}"] for name in ("chat_32", "last_chat_32")]
+    assert prepared == [2.5, 2]
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,19 @@ def test_every_decoder_serves_the_same_requests_at_every_concurrency(script: Scr
         assert 0 < found["first_token_ms_p50"] <= 1000 * found["latency_seconds_p99"]
     assert runs["autoregressive at 1"]["tokens_per_forward"]["value"] == 1.0
     assert runs["refusion at 1"]["ms_per_forward"] > 0
+    assert 0 <= runs["refusion at 1"]["prepared_lengths"] <= 4
+    assert runs["refusion at 3"]["prepared_lengths_last"] in (0, 1, 2, 3, 4)
+    assert "prepared_lengths" not in runs["autoregressive at 1"]
     one, other = (runs[f"{name} at 3"]["tokens_per_second"] for name in decoders[:2])
     compared = runs["compared at 3"]
     assert compared["refusion_over_autoregressive"] == pytest.approx(other / one, rel=1e-4)
     assert compared["auto_over_better"] == pytest.approx(runs["auto at 3"]["tokens_per_second"] / max(one, other), rel=1e-4)
+
+
+def test_the_lengths_prepared_in_the_timed_part_are_recorded(script: Script, serving: ModuleType, tiny_llama_dir: Path) -> None:
+    options = ["--concurrency", 1, "--requests", 2, "--warm-up", 1, "--max-tokens", 8, "--decoders", "refusion", "--max-candidates", 2]
+    figures = script(serving, "--model", tiny_llama_dir, *options)["figures"]
+    assert figures["prepared_lengths"] == figures["prepared_lengths_last"] == 2  # no choice is left to the engine
 
 
 def test_a_carrier_is_served_like_any_model(script: Script, serving: ModuleType, tiny_llama_dir: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -47,13 +48,16 @@ def test_without_a_gpu_it_says_what_is_possible(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_two_processes_are_compared_with_one_and_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On a CPU by plain data parallelism; what the script does around the runs is the same on two GPUs."""
+    """On a CPU by plain data parallelism, and by ZeRO where DeepSpeed is; what the script does around the runs is the same on two GPUs."""
     assert _run(monkeypatch, "--dry-run", "--steps", 4, "--output", tmp_path / "two.json", script="two_gpus.py") == 0
     content = read_result(tmp_path / "two.json")
-    assert [run["label"] for run in content["runs"]] == ["one", "two", "resumed"]
+    zero = ["zero2", "zero3"] if find_spec("deepspeed") else []
+    assert [run["label"] for run in content["runs"]] == ["one", "two", "resumed", *zero]
+    assert ("ZeRO was left out" in content["notes"]) == (not zero)
     assert {len(run["series"]["loss"]) for run in content["runs"]} == {4}
     assert content["figures"]["two_against_one_loss_off_worst"] < 1e-5
     assert content["figures"]["two_against_one_weights_off"] < 1e-3
+    assert all(content["figures"][f"{name}_against_one_loss_off_worst"] < 1e-5 for name in zero)
     assert content["figures"]["resumed_against_unbroken_weights_off"] < 1e-3
 
 

@@ -37,6 +37,7 @@ def test_every_decoder_is_measured_at_every_batch_size(run_cli: RunCli, tiny_mod
     assert runs["autoregressive at 1"]["tokens_per_forward"]["value"] == 1.0
     assert runs["refusion at 3"]["num_requests"] >= 3
     assert runs["refusion at 1"]["first_token_ms_p50"] > 0
+    assert 0 <= runs["refusion at 1"]["prepared_lengths"] <= 4
     assert runs["compared at 3"]["refusion_over_autoregressive"] > 0
     assert found.json["settings"]["slots"]["slot_size"] == 4
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,55 @@ def test_a_result_is_written_and_shown(run_cli: RunCli, arguments: list[str], tm
     twice = run_cli(*arguments, "--tasks", "gsm8k")
     assert twice.code == 1
     assert "add --resume" in twice.err
+
+
+def test_gpqa_runs_end_to_end_with_made_up_rows(
+    run_cli: RunCli, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from refusion.evaluation import suite
+
+    folder = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(sys, "argv", ["made_up_gpqa.py", str(tmp_path / "made-up"), "--questions", "7"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(folder / "made_up_gpqa.py"), run_name="__main__")
+    command = [*arguments, "--data", str(tmp_path / "made-up"), "--tasks", "gpqa"]
+    monkeypatch.setattr("refusion.evaluation.harness.chunk_size", lambda lm: 3)
+    real, groups = suite._answer, iter(range(10))
+
+    def interrupted(*given: Any) -> Any:
+        if next(groups) == 1:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(suite, "_answer", interrupted)
+    assert run_cli(*command).code == 130
+    log = tmp_path / "out.samples" / "gpqa_made_up.jsonl"
+    assert len(log.read_text().splitlines()) == 3
+    found = run_cli(*command, "--resume")
+    assert found.code == 0, found.err
+    assert next(groups) == 4  # groups of three, three again, and one: the first is not asked twice
+    assert "GPQA (made-up rows)" in found.out
+    content = json.loads((tmp_path / "out.json").read_text())
+    (one,) = content["runs"]
+    assert (one["label"], one["settings"]["title"]) == ("gpqa_made_up", "GPQA (made-up rows)")
+    assert (one["figures"]["num_samples"], one["figures"]["num_scorer_errors"]) == (7, 0)
+    slots = one["settings"]["slots"]
+    assert (slots["slot_size"], slots["serial_blocks"], slots["acceptance"]) == (8, 32, "paper")
+    assert content["figures"] == {"mean_score": None, "mean_score_standard_error": None, "num_benchmarks": 0}
+    assert "no score of it" in content["notes"]
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["doc_id"] for row in rows] == list(range(7))
+    assert {row["target"] for row in rows} <= {"(A)", "(B)", "(C)", "(D)"}
+    assert all("enclosed in parentheses ((A), (B), (C), or (D))" in row["prompt"] for row in rows)
+    assert all(row["num_tokens"] > 0 and row["num_forwards"] > 0 for row in rows)
+
+
+def test_where_gpqas_rows_come_from_and_belong_is_one_line(run_cli: RunCli, arguments: list[str]) -> None:
+    found = run_cli(*arguments, "--tasks", "gpqa")
+    assert (found.code, found.err.count("\n")) == (1, 1), found.err
+    for words in ("no rows of gpqa", "ask for access", "github.com/idavidrein/gpqa", "gpqa_main.csv", "into DIR/gpqa/ and give --data DIR"):
+        assert words in found.err
 
 
 def test_a_diffusion_decoder_is_evaluated_with_its_own_settings(run_cli: RunCli, arguments: list[str], tmp_path: Path) -> None:

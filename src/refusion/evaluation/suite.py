@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from refusion.decoding.diffusion_params import DiffusionParams
 from refusion.decoding.params import SlotParams
 from refusion.errors import ConfigError, DataError
-from refusion.evaluation.benchmarks import Benchmark, choose, load_tasks
+from refusion.evaluation.benchmarks import Benchmark, as_asked, choose, load_tasks
 from refusion.evaluation.results import Figure, Result, Run, num_cores, write_result
 from refusion.evaluation.sample_log import SampleLog
 from refusion.evaluation.statistics import Interval, pooled_ratio, wilson
@@ -124,10 +124,13 @@ def run_suite(
         asked = questions(tasks, lm, settings.limit)
         rows = answer_all(lm, benchmark, asked, log, settings, lambda done, total, b=benchmark: on_progress(b, done, total))
         runs.append(summary(benchmark, rows, _run_settings(lm, asked, settings)))
-    notes = "Left out: " + "; ".join(missing) if missing else ""
+    made_up = [benchmark.name for benchmark, _ in loaded if benchmark.is_made_up]
+    notes = [f"{name}: made-up questions in the layout of the benchmark, no score of it and in no mean." for name in made_up]
+    notes += ["Left out: " + "; ".join(missing)] if missing else []
     described = _identity(llm, settings, model_name) | {"limit": settings.limit, "batch_size": settings.batch_size, "num_fewshot": 0}
     described["lm_eval"] = importlib.metadata.version("lm_eval")
-    result = Result(name=settings.suite, settings=described, figures=_means(runs), runs=runs, notes=notes, device=str(llm.model.device))
+    figures, device = _means(runs), str(llm.model.device)
+    result = Result(name=settings.suite, settings=described, figures=figures, runs=runs, notes=" ".join(notes), device=device)
     return write_result(output, result)
 
 
@@ -136,7 +139,8 @@ def _load(settings: SuiteSettings) -> tuple[list[tuple[Benchmark, list[Configura
     loaded, missing = [], []
     for benchmark in choose(settings.suite, settings.tasks):
         try:
-            loaded.append((benchmark, load_tasks(benchmark, settings.data)))
+            tasks = load_tasks(benchmark, settings.data)
+            loaded.append((as_asked(benchmark, tasks), tasks))
         except DataError as error:
             missing.append(str(error))
     return loaded, missing
@@ -200,7 +204,8 @@ def summary(benchmark: Benchmark, rows: Sequence[Row], settings: dict[str, Any])
     for name in sorted({name for row in rows for name in row["scores"]} - {benchmark.score}):
         others = [float(row["scores"].get(name, 0.0)) for row in rows]
         figures[name] = sum(others) / len(others)
-    return Run(label=benchmark.name, settings={"title": benchmark.title, "score": benchmark.score} | settings, figures=figures)
+    about = {"title": benchmark.title, "score": benchmark.score} | ({"is_made_up": True} if benchmark.is_made_up else {})
+    return Run(label=benchmark.name, settings=about | settings, figures=figures)
 
 
 def _question(task: ConfigurableTask, doc_id: int, lm: ReFusionLM) -> Question:
@@ -302,7 +307,10 @@ def _run_settings(lm: ReFusionLM, asked: Sequence[Question], settings: SuiteSett
 
 
 def _means(runs: Sequence[Run]) -> dict[str, Figure]:
-    """Unweighted mean over the benchmarks, as in the paper's table."""
+    """Unweighted mean over the benchmarks, as in the paper's table; made-up rows are none."""
+    runs = [run for run in runs if not run.settings.get("is_made_up")]
+    if not runs:
+        return {"mean_score": math.nan, "mean_score_standard_error": math.nan, "num_benchmarks": 0}
     scores = [run.figures["score"] for run in runs]
     values = [score.value for score in scores if isinstance(score, Interval)]
     errors = [float(error) for run in runs if not isinstance(error := run.figures["standard_error"], Interval)]
