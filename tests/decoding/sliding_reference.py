@@ -52,7 +52,7 @@ class SlidingReference:
             for place, (token, _) in enumerate(chain):
                 run.append(Row.of(token, self._position(start + place), seen))
                 seen.append(run[-1])
-            stands = len(known)
+            stands = num_known = len(known)
             while stands < len(chain) and self._passes(run[stands - 1], chain[stands][0]):
                 stands += 1
             named = self._named(run[stands - 1])
@@ -73,7 +73,8 @@ class SlidingReference:
                 new_drafts = self._masks(before, place, self.slots.most_masks)[1:]
             else:
                 new_drafts = []
-            plans_whole = stands == len(chain) and (len(drafts) > 0 or plans_whole)
+            is_long = len(accepted) >= (self.slots.infill_length or self.slots.slot_size)
+            plans_whole = (len(chain) > num_known or plans_whole) if stands == len(chain) else is_long
             assert len(self.token_ids) == attempt_before, "everything of a forward is drawn with one attempt"
             rows, known, drafts = before, new_known, new_drafts
             if self._write([*accepted, *known]):

@@ -77,7 +77,7 @@ class _Sliding:
         first = int(readout.token_ids[0, -1])
         drafts = self._masks([], 0, slots.slot_size)
         final, is_over = self._write([first])
-        known, plans_whole, rounds = [first], True, [SlidingRound([], False, 0, final)]
+        known, plans_whole, is_infill, rounds = [first], True, False, [SlidingRound([], False, 0, final)]
         while not is_over:
             start = len(self.written) - len(known)
             chain, has_drafts = [*known, *(draft.token for draft in drafts)], bool(drafts)
@@ -88,7 +88,7 @@ class _Sliding:
                 stands = self._num_passing(readout, chain, num_known)
                 return stands
 
-            judged, is_infill = drafts, not plans_whole
+            judged, was_infill = drafts, is_infill
             readout = self._forward(chain, start, keep=passing)
             named = int(readout.token_ids[0, stands - 1])
             accepted, length = chain[len(known) : stands], stands - len(known) + 1
@@ -102,9 +102,11 @@ class _Sliding:
                 drafts = self._masks([named], start + stands + 1, slots.most_masks)
             else:
                 drafts = self._masks([], start + stands, slots.most_masks) if length <= lengths else []
-            plans_whole = stands == len(chain) and (has_drafts or plans_whole)
+            is_long = len(accepted) >= slots.most_masks
+            plans_whole = (has_drafts or plans_whole) if stands == len(chain) else is_long
+            is_infill = stands < len(chain) or not plans_whole
             final, is_over = self._write([*accepted, *known])
-            rounds.append(SlidingRound(judged, is_infill, len(accepted), final))
+            rounds.append(SlidingRound(judged, was_infill, len(accepted), final))
         return SlidingTrace(rounds)
 
     def _masks(self, before: list[int], place: int, count: int) -> list[Draft]:

@@ -10,12 +10,15 @@ from refusion.decoding.rounds import IS_DONE, NUM_COMMON, NUM_FORWARDS, NUM_ROWS
 
 # B = seats, K = tokens per slot, R = report columns
 
-CACHED, NUM_KNOWN, NUM_DRAFTED, IS_WHOLE, HAS_END, SCORE, NUM_PASSED, FROM_PLAN, PLACE, TOKENS = range(NUM_COMMON, NUM_COMMON + 10)
+CACHED, NUM_KNOWN, NUM_DRAFTED, PLANS, HAS_END, SCORE, NUM_PASSED, FROM_PLAN, PLACE, TOKENS = range(NUM_COMMON, NUM_COMMON + 10)
 """Columns of a report behind the common ones: tokens in the cache now; of the next forward the tokens it knows, those it judges, whether
-it plans a whole slot, which is also whether drafts that all passed stand before those it judges, whether an EOS is among these, and the
-confidence of the first,
-float32 bits; how many drafts of this forward passed, -1 where there were none, and whether a plan had made them; then the place of the
-first final token and all of them, [K + 1], and the chain of the next forward, [K + 1], both -1 for none; of that only the drafts."""
+how it plans (below), whether an EOS is among what it judges, and the confidence of the first of that, float32 bits; how many drafts of
+this forward passed, -1 where there were none, and whether a plan had made them; then the place of the first final token and all of them,
+[K + 1], and the chain of the next forward, [K + 1], both -1 for none; of that only the drafts."""
+
+SHORT, WHOLE, WHOLE_BEHIND_FAILURE = range(3)
+"""How a forward plans: as many masks as stand behind a failed draft; a slot, since all drafts passed, so that a plan made the next ones; a
+slot, since as many passed as such masks draft before one failed."""
 
 
 def report_width(slot_size: int) -> int:
@@ -28,23 +31,24 @@ def final_columns(slot_size: int) -> slice:
     return slice(TOKENS, TOKENS + slot_size + 1)
 
 
-def rows_needed(num_known: np.ndarray, num_drafted: np.ndarray, is_whole: np.ndarray, slots: SlotSettings, candidates: int) -> np.ndarray:
+def rows_needed(num_known: np.ndarray, num_drafted: np.ndarray, plans: np.ndarray, slots: SlotSettings, candidates: int) -> np.ndarray:
     """[B] rows of a forward: the chain, masks behind every prepared length, a plan behind all drafts, alternatives.
 
     candidates: lengths that forwards are to prepare for, see `num_lengths`.
     """
     lengths = np.minimum(num_drafted, num_lengths(slots, candidates))
     tried = np.minimum(lengths, num_tried(slots))
-    plan = np.where(is_whole != 0, slots.slot_size, slots.most_masks)
+    plan = np.where(plans != SHORT, slots.slot_size, slots.most_masks)
     return num_known + num_drafted + lengths * slots.most_masks + plan + tried * slots.alternatives * (1 + slots.most_masks)
 
 
-def most_next(num_drafted: np.ndarray, is_whole: np.ndarray, slots: SlotSettings, candidates: int) -> np.ndarray:
+def most_next(num_drafted: np.ndarray, plans: np.ndarray, slots: SlotSettings, candidates: int) -> np.ndarray:
     """[B] rows at most of the forward after one of so many drafts and such a plan, whatever that brings."""
-    planned = np.where(is_whole != 0, slots.slot_size, slots.most_masks) - 1  # drafts of its plan, should all pass
+    planned = np.where(plans != SHORT, slots.slot_size, slots.most_masks) - 1  # drafts of its plan, should all pass
     one = np.ones_like(num_drafted)
-    passed = rows_needed(one, planned, one, slots, candidates)
-    failed = rows_needed(2 * one, np.full_like(num_drafted, slots.most_masks - 1), 0 * one, slots, candidates)
+    passed = rows_needed(one, planned, np.where((num_drafted > 0) | (plans != SHORT), WHOLE, SHORT), slots, candidates)
+    behind = np.where(num_drafted > slots.most_masks, WHOLE_BEHIND_FAILURE, SHORT)
+    failed = rows_needed(2 * one, np.full_like(num_drafted, slots.most_masks - 1), behind, slots, candidates)
     return np.maximum(passed, np.where(num_drafted > 0, failed, 0))
 
 
@@ -61,7 +65,7 @@ def num_tried(slots: SlotSettings) -> int:
 def most_rows(slots: SlotSettings, candidates: int | None = None) -> int:
     """Rows of any forward of a seat at most, with so many lengths prepared or, left out, with all of the settings."""
     most = slots.candidates() if candidates is None else candidates
-    return int(rows_needed(np.array(2), np.array(slots.slot_size - 1), np.array(1), slots, most))
+    return int(rows_needed(np.array(2), np.array(slots.slot_size - 1), np.array(WHOLE), slots, most))
 
 
 def seat_report(line: np.ndarray, slot_size: int) -> SeatReport:
@@ -76,7 +80,7 @@ def seat_report(line: np.ndarray, slot_size: int) -> SeatReport:
     is_done, place, passed = bool(line[IS_DONE]), int(line[PLACE]), int(line[NUM_PASSED])
     judged = [SlotNews(place, place, tokens[:passed])] if passed >= 0 else []
     end, score = place + len(tokens), float(line[SCORE : SCORE + 1].view(np.float32)[0])
-    planned = [SlotNews(end, end, drafts, score, is_infill=not line[IS_WHOLE])] if drafts and not is_done else []
+    planned = [SlotNews(end, end, drafts, score, is_infill=bool(line[PLANS] != WHOLE))] if drafts and not is_done else []
     return SeatReport(
         is_done=is_done,
         num_forwards=int(line[NUM_FORWARDS]),

@@ -21,9 +21,12 @@ from refusion.decoding.rounds import SeatReport
 from refusion.decoding.row_buffers import RowBuffers, cache_targets
 from refusion.decoding.seats import SeatedRounds, SeatTable
 from refusion.decoding.sliding_report import (
-    IS_WHOLE,
     NUM_DRAFTED,
     NUM_KNOWN,
+    PLANS,
+    SHORT,
+    WHOLE,
+    WHOLE_BEHIND_FAILURE,
     most_rows,
     num_lengths,
     num_tried,
@@ -47,7 +50,7 @@ class _Before:
 
     known: Tensor
     drafted: Tensor
-    whole: Tensor  # whether a plan made the drafts, and the plan is one of a whole slot
+    plans: Tensor  # how, see `sliding_report`
     planned: Tensor  # masks of the plan
     written: Tensor
     max_tokens: Tensor
@@ -62,14 +65,14 @@ class _Before:
     def of(cls, rounds: "SlidingRounds", first: Tensor, num_rows: int) -> "_Before":
         """Copies, since the table is about to change. first: [B] decode row of each seat."""
         num_seats = len(first)
-        known, drafted, whole, written, max_tokens, is_done = (
+        known, drafted, plans, written, max_tokens, is_done = (
             rounds.table.column(name, num_seats).clone()
-            for name in ("num_known", "num_drafted", "is_whole", "num_written", "max_tokens", "is_done")
+            for name in ("num_known", "num_drafted", "plans", "num_written", "max_tokens", "is_done")
         )
-        planned = torch.where(whole != 0, rounds.slot_size, rounds.slots.most_masks)
+        planned = torch.where(plans != SHORT, rounds.slot_size, rounds.slots.most_masks)
         chain, runner_ups = (rounds.table.group(name, num_seats).clone() for name in ("chain", "runner_ups"))
         runner_ups, first_ids = runner_ups.view(num_seats, rounds.num_kept, -1), rounds.first_ids[:num_seats].long()
-        return cls(known, drafted, whole, planned, written, max_tokens, is_done == 0, chain, runner_ups, first, first_ids, num_rows)
+        return cls(known, drafted, plans, planned, written, max_tokens, is_done == 0, chain, runner_ups, first, first_ids, num_rows)
 
     def read(self, values: Tensor, row: Tensor) -> Tensor:
         """What rows of the readout say; rows that did not fit say anything."""
@@ -135,7 +138,7 @@ class SlidingRounds(SeatedRounds):
 
     def _columns(self) -> dict[str, int]:
         """What is known of a seat when it is admitted comes first."""
-        names = ("prompt_length", "seed", "max_tokens", "is_done", "num_known", "num_drafted", "is_whole", "num_written", "num_forwards")
+        names = ("prompt_length", "seed", "max_tokens", "is_done", "num_known", "num_drafted", "plans", "num_written", "num_forwards")
         return dict.fromkeys(names, 1) | {"chain": self.num_kept, "runner_ups": self.num_kept * max(self.slots.alternatives, 1)}
 
     def admit(self, seat: int, *, prompt_length: int, seed: int, max_tokens: int, last_token: int = -1) -> None:
@@ -147,7 +150,7 @@ class SlidingRounds(SeatedRounds):
         self.table.column("is_done", seat + 1)[seat].fill_(1)
 
     def num_rows(self, report: np.ndarray, candidates: int) -> np.ndarray:
-        return rows_needed(report[:, NUM_KNOWN], report[:, NUM_DRAFTED], report[:, IS_WHOLE], self.slots, candidates)
+        return rows_needed(report[:, NUM_KNOWN], report[:, NUM_DRAFTED], report[:, PLANS], self.slots, candidates)
 
     def first_draw(self, num_seats: int) -> tuple[Tensor, Tensor, Tensor]:
         """[B] seed, position and attempt that the first token of every seat is drawn with."""
@@ -203,7 +206,7 @@ class SlidingRounds(SeatedRounds):
         """Everything a seat's rows could be, [B, X] each: chain, groups behind lengths, plan, alternatives."""
         prepared = num_lengths(self.slots, candidates)
         column, device = self.table.column, self.table.device
-        known, drafted, whole = (column(name, num_seats)[:, None] for name in ("num_known", "num_drafted", "is_whole"))
+        known, drafted, plans = (column(name, num_seats)[:, None] for name in ("num_known", "num_drafted", "plans"))
         active = column("is_done", num_seats)[:, None] == 0
         chain = self.table.group("chain", num_seats)  # [B, N]
         runner_ups = self.table.group("runner_ups", num_seats).view(num_seats, self.num_kept, -1)  # [B, N, R]
@@ -229,7 +232,7 @@ class SlidingRounds(SeatedRounds):
         is_prepared = (length <= prepared) & (length <= drafted[:, :, None])
         part(shape, self.mask_id, seen + mask, length, mask, CHAIN, seen, 0, 0, is_prepared)
         slot = torch.arange(size, device=device)
-        planned = torch.where(whole != 0, size, masks)
+        planned = torch.where(plans != SHORT, size, masks)
         part(torch.Size((num_seats, size)), self.mask_id, known + drafted + slot, lengths + 1, slot, TRUNK, 0, 0, 0, slot < planned)
         if tried:
             length = torch.arange(1, tried + 1, device=device)[:, None, None]  # [A, 1, 1]
@@ -273,7 +276,7 @@ class SlidingRounds(SeatedRounds):
             "is_done": is_over,
             "num_known": following.known,
             "num_drafted": following.drafted,
-            "is_whole": verdict.is_all & ((before.drafted > 0) | (before.whole != 0)),
+            "plans": self._next_plans(before, verdict),
             "num_written": before.written + num_final,
             "num_forwards": column("num_forwards", num_seats) + 1,
             "chain": following.chain,
@@ -285,12 +288,12 @@ class SlidingRounds(SeatedRounds):
         overflow = (before.first + self._num_rows - len(readout.token_ids)).clamp(min=0).minimum(self._num_rows)
         tokens = torch.where(active[:, None] & (self._place < num_final[:, None]), final, -1)
         drafts = torch.where(active[:, None] & following.is_draft, following.chain, -1)
-        names = ("num_known", "num_drafted", "is_whole")
+        names = ("num_known", "num_drafted", "plans")
         state, has_end = [column(name, num_seats) for name in names], self._is_end(following.chain, following.is_draft)
         done, forwards = column("is_done", num_seats), column("num_forwards", num_seats)
         score = torch.where(active, following.score, 0.0).view(torch.int32)
         passed = torch.where(active & (before.drafted > 0), verdict.stands - before.known, -1)
-        told = (score, passed, before.whole, before.written)
+        told = (score, passed, before.plans == WHOLE, before.written)
         scalars = (done, forwards, overflow, self._num_rows, spans.cached, *state, has_end, *told)
         first = torch.stack([each.int() for each in scalars], dim=1)
         self.report[:num_seats].copy_(torch.cat((first, tokens.int(), drafts.int()), dim=1))
@@ -322,6 +325,12 @@ class SlidingRounds(SeatedRounds):
         group = groups + (length - 1) * slots.most_masks
         second = before.read(readout.token_ids, runner_up)
         return _Verdict(stands, named, second, is_all, is_hit, ~is_all & (length <= prepared), plan, group, runner_up)
+
+    def _next_plans(self, before: "_Before", verdict: "_Verdict") -> Tensor:
+        """[B] how the next forward plans. One without drafts says nothing of how predictable the text is."""
+        is_long = verdict.stands - before.known >= self.slots.most_masks
+        goes_on = verdict.is_all & ((before.drafted > 0) | (before.plans != SHORT))
+        return torch.where(goes_on, WHOLE, torch.where(~verdict.is_all & is_long, WHOLE_BEHIND_FAILURE, SHORT))
 
     def _next_chain(self, before: "_Before", verdict: "_Verdict", readout: Readout) -> "_Chain":
         """What is known then, and drafts from the masks behind it but the first, in whose place the last known token stands."""

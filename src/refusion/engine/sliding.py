@@ -12,7 +12,19 @@ from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.params import ALTERNATIVE_LENGTHS, SlotSettings
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.rounds import IS_DONE, NUM_ROWS
-from refusion.decoding.sliding_report import HAS_END, IS_WHOLE, NUM_DRAFTED, NUM_KNOWN, TOKENS, most_next, most_rows, rows_needed
+from refusion.decoding.sliding_report import (
+    HAS_END,
+    NUM_DRAFTED,
+    NUM_KNOWN,
+    NUM_PASSED,
+    PLANS,
+    SHORT,
+    WHOLE,
+    final_columns,
+    most_next,
+    most_rows,
+    rows_needed,
+)
 from refusion.decoding.sliding_rounds import SlidingRounds
 from refusion.engine.commits import Demand
 from refusion.engine.experience import FIRST_WEIGHT, LAST_WEIGHT, TOKENS_PER_FORWARD, Experience
@@ -34,7 +46,7 @@ class SlidingDemand:
         self.slots = slots
 
     def open(self, line: np.ndarray, max_tokens: int) -> None:
-        line[[IS_DONE, NUM_KNOWN, NUM_DRAFTED, IS_WHOLE, HAS_END]] = 0, 0, 0, 1, 0
+        line[[IS_DONE, NUM_KNOWN, NUM_DRAFTED, PLANS, HAS_END]] = 0, 0, 0, WHOLE, 0
 
     def close(self, line: np.ndarray) -> None:
         line[IS_DONE] = 1
@@ -44,14 +56,14 @@ class SlidingDemand:
 
     def rows(self, reports: np.ndarray, candidates: int) -> np.ndarray:
         """[B] rows of each seat of reports [B, R]."""
-        rows = rows_needed(reports[:, NUM_KNOWN], reports[:, NUM_DRAFTED], reports[:, IS_WHOLE], self.slots, candidates)
+        rows = rows_needed(reports[:, NUM_KNOWN], reports[:, NUM_DRAFTED], reports[:, PLANS], self.slots, candidates)
         return rows * (1 - reports[:, IS_DONE])
 
     def total(self, reports: np.ndarray, candidates: int) -> int:
         return int(self.rows(reports, candidates).sum())
 
     def most_next(self, reports: np.ndarray, candidates: int) -> int:
-        return int(most_next(reports[:, NUM_DRAFTED], reports[:, IS_WHOLE], self.slots, candidates).sum())
+        return int(most_next(reports[:, NUM_DRAFTED], reports[:, PLANS], self.slots, candidates).sum())
 
 
 class SlidingExperience:
@@ -75,7 +87,7 @@ class SlidingExperience:
         self.written += missing * (1.0 + float(self.uncovered[0]))
         self.most_rows = np.array([most_rows(slots, candidates) for candidates in self.ladder])
         drafted = np.array([slots.most_masks - 1])
-        rows = [rows_needed(np.array([1]), drafted, np.array([0]), slots, candidates)[0] for candidates in self.ladder]
+        rows = [rows_needed(np.array([1]), drafted, np.array([SHORT]), slots, candidates)[0] for candidates in self.ladder]
         self.rows = np.array(rows, dtype=float)
         self.rows_ahead = self.most_rows.astype(float)
         self.remask_rows = 1.0 + slots.most_masks
@@ -115,8 +127,8 @@ class SlidingExperience:
         share = count / self.weight
         before, report, drafted = before[others], report[others], drafted[others]
         is_hit = report[:, NUM_KNOWN] > 1
-        written = (report[:, TOKENS : TOKENS + self.slots.slot_size + 1] >= 0).sum(axis=1) - is_hit
-        has_failed = (drafted > 0) & (report[:, IS_WHOLE] == 0) & (report[:, IS_DONE] == 0)
+        written = (report[:, final_columns(self.slots.slot_size)] >= 0).sum(axis=1) - is_hit
+        has_failed = (drafted > 0) & (report[:, NUM_PASSED] < drafted) & (report[:, IS_DONE] == 0)
         counts = np.bincount(written[has_failed], minlength=len(self.failed))[: len(self.failed)]
         self.written += share * (written.mean() - self.written)
         self.failed += share * (counts / count - self.failed)

@@ -20,12 +20,12 @@ from refusion.decoding.kernels.row_buffers import RowPointers, TilePointers, cut
 from refusion.decoding.kernels.sliding_rows import (
     CHAIN,
     IS_DONE,
-    IS_WHOLE,
     MAX_TOKENS,
     NUM_DRAFTED,
     NUM_FORWARDS,
     NUM_KNOWN,
     NUM_WRITTEN,
+    PLANS,
     PROMPT_LENGTH,
     SEED,
     Text,
@@ -35,7 +35,17 @@ from refusion.decoding.kernels.sliding_rows import (
     put_plan,
     read_forward,
 )
-from refusion.decoding.kernels.sliding_verdicts import TOKENS, Report, draft_next, passing_prefix, put_report, reach_verdict, write_final
+from refusion.decoding.kernels.sliding_verdicts import (
+    TOKENS,
+    WHOLE,
+    Report,
+    draft_next,
+    passing_prefix,
+    plan_next,
+    put_report,
+    reach_verdict,
+    write_final,
+)
 from refusion.decoding.kernels.turn import Drawn
 from refusion.decoding.sliding_report import num_lengths
 from refusion.model.kernels.launch import launch
@@ -293,8 +303,7 @@ def _settle(
     page = tl.load(pages + cache_place // page_size, mask=is_kept, other=0)
     known = tl.where(is_active, after.known, forward.known)
     drafted = tl.where(is_active, after.drafted, forward.drafted)
-    plans_whole = verdict.is_all & ((forward.drafted > 0) | (forward.is_whole != 0))
-    is_whole = tl.where(is_active, plans_whole.to(tl.int32), forward.is_whole)
+    plans = tl.where(is_active, plan_next(forward, verdict, M), forward.plans)
 
     tl.debug_barrier()  # everything is read before anything is written
     tl.store(source + seat * N + place, tl.where(is_kept, start + begin + place, -1), mask=is_place)
@@ -303,7 +312,7 @@ def _settle(
     tl.store(line + IS_DONE, is_done, mask=is_active)
     tl.store(line + NUM_KNOWN, known, mask=is_active)
     tl.store(line + NUM_DRAFTED, drafted, mask=is_active)
-    tl.store(line + IS_WHOLE, is_whole, mask=is_active)
+    tl.store(line + PLANS, plans, mask=is_active)
     tl.store(line + NUM_WRITTEN, written + num_final, mask=is_active)
     tl.store(line + NUM_FORWARDS, num_forwards, mask=is_active)
     tl.store(chain + place, after.chain, mask=is_place & is_active)
@@ -318,8 +327,8 @@ def _settle(
     put_report(
         out,
         Report(
-            is_done, num_forwards, overflow, forward.needed, num_cached + kept, known, drafted, is_whole, after.has_end, score, num_passed,
-            forward.is_whole, written,
+            is_done, num_forwards, overflow, forward.needed, num_cached + kept, known, drafted, plans, after.has_end, score, num_passed,
+            (forward.plans == WHOLE).to(tl.int32), written,
         ),
     )  # fmt: skip
     tl.store(out + TOKENS + place, tl.where(is_active & (place < num_final), final, -1), mask=is_place)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from refusion.decoding import sliding_report
 from refusion.decoding.kernels.constants import NO_PARENT, TRUNK
 from refusion.decoding.kernels.row_buffers import put_rows
 
@@ -18,10 +19,11 @@ from refusion.decoding.kernels.row_buffers import put_rows
 # C = lengths prepared at most, A = those with alternatives, M = masks of a group
 
 # Columns of the table, as `SlidingRounds` names them; the runner-ups follow the chain.
-PROMPT_LENGTH, SEED, MAX_TOKENS, IS_DONE, NUM_KNOWN, NUM_DRAFTED, IS_WHOLE, NUM_WRITTEN, NUM_FORWARDS, CHAIN = (
+PROMPT_LENGTH, SEED, MAX_TOKENS, IS_DONE, NUM_KNOWN, NUM_DRAFTED, PLANS, NUM_WRITTEN, NUM_FORWARDS, CHAIN = (
     tl.constexpr(column) for column in range(10)
 )
 CHAIN_SEGMENT = tl.constexpr(0)
+SHORT = tl.constexpr(sliding_report.SHORT)
 
 
 class Forward(NamedTuple):
@@ -30,7 +32,7 @@ class Forward(NamedTuple):
     is_active: tl.tensor
     known: tl.tensor  # tokens of the chain that are final
     drafted: tl.tensor  # and those behind them
-    is_whole: tl.tensor
+    plans: tl.tensor  # how, see `sliding_report`
     lengths: tl.tensor  # with a group of masks behind them
     planned: tl.tensor
     tried: tl.tensor  # lengths with alternatives
@@ -54,12 +56,12 @@ def read_forward(
     is_active = tl.load(line + IS_DONE, mask=is_seat, other=1) == 0
     known = tl.load(line + NUM_KNOWN, mask=is_seat, other=0).to(tl.int32)
     drafted = tl.load(line + NUM_DRAFTED, mask=is_seat, other=0).to(tl.int32)
-    is_whole = tl.load(line + IS_WHOLE, mask=is_seat, other=0).to(tl.int32)
+    plans = tl.load(line + PLANS, mask=is_seat, other=0).to(tl.int32)
     lengths = tl.minimum(drafted, num_lengths)
     tried = tl.minimum(lengths, A)
-    planned = tl.where(is_whole != 0, K, M)
+    planned = tl.where(plans != SHORT, K, M)
     needed = known + drafted + lengths * M + planned + tried * (R * (1 + M))
-    return Forward(is_active, known, drafted, is_whole, lengths, planned, tried, tl.where(is_active, needed, 0))
+    return Forward(is_active, known, drafted, plans, lengths, planned, tried, tl.where(is_active, needed, 0))
 
 
 @triton.jit

@@ -14,6 +14,9 @@ from refusion.decoding import sliding_report
 # C = lengths prepared at most, A = those with alternatives, M = masks of a group
 
 TOKENS = tl.constexpr(sliding_report.TOKENS)
+SHORT, WHOLE, WHOLE_BEHIND_FAILURE = (
+    tl.constexpr(how) for how in (sliding_report.SHORT, sliding_report.WHOLE, sliding_report.WHOLE_BEHIND_FAILURE)
+)
 
 
 class Verdict(NamedTuple):
@@ -49,7 +52,7 @@ class Report(NamedTuple):
     cached: tl.tensor
     num_known: tl.tensor
     num_drafted: tl.tensor
-    is_whole: tl.tensor
+    plans: tl.tensor
     has_end: tl.tensor
     score: tl.tensor
     num_passed: tl.tensor
@@ -112,6 +115,14 @@ def find_drafts(forward, verdict, begin, M: tl.constexpr):
     row = tl.where(verdict.is_all, groups + forward.lengths * M, group)
     count = tl.where(verdict.is_all, forward.planned, tl.where(has_group, M, 1))
     return row + 1, count - 1
+
+
+@triton.jit
+def plan_next(forward, verdict, M: tl.constexpr):
+    """How the next forward plans. One without drafts says nothing of how predictable the text is."""
+    is_long = verdict.stands - forward.known >= M
+    goes_on = verdict.is_all & ((forward.drafted > 0) | (forward.plans != SHORT))
+    return tl.where(goes_on, WHOLE, tl.where(~verdict.is_all & is_long, WHOLE_BEHIND_FAILURE, SHORT))
 
 
 @triton.jit
