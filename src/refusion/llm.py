@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,8 @@ __all__ = [
 DECODERS = ("refusion", "autoregressive", "auto", "masked_diffusion", "block_diffusion")
 DIFFUSION: dict[str, type[DiffusionParams]] = {"masked_diffusion": MaskedDiffusionParams, "block_diffusion": BlockDiffusionParams}
 """Decoders with settings of their own, and the class of these."""
+MOST_RESOLVED = 256
+"""Slot settings that are kept resolved."""
 Prompt = str | list[int] | list[dict[str, str]]
 OnOutput = Callable[[int, RequestOutput], None]
 
@@ -93,6 +96,7 @@ class LLM:
         self.recommended: dict[str, Any] = _recommended(path, model.device.type)
         self._tokens_per_forward: float | None = self.recommended.pop("tokens_per_forward", None)
         self._choices = read_choices(self.recommended.pop("choices", ()))
+        self._resolved: dict[SlotParams, SlotSettings] = {}  # what was asked before: once a request takes too long
         objective = _trained_objective(path)
         self.trained_objective: str | None = objective.get("name")
         """What `refusion train` taught the checkpoint; None: nothing, or by other means."""
@@ -166,15 +170,14 @@ class LLM:
         requests = [self.new_request(prompt, *settings, diffusion=diffusion, index=index) for index, prompt in enumerate(prompts)]
         outputs: dict[int, RequestOutput] = {}
         errors: list[RequestError] = []
-        with _progress(progress, decoder) as bar:
-            task = bar.add_task(decoder, total=len(requests))
+        with _progress(progress, decoder, len(requests)) as advance:
 
             def on_answer(answer: Answer) -> None:
                 if answer.error is not None:
                     errors.append(answer.error)
                     return
                 outputs[answer.request] = self.to_output(requests[answer.request], answer)
-                bar.advance(task)
+                advance()
                 if on_output is not None:
                     on_output(answer.request, outputs[answer.request])
 
@@ -259,8 +262,12 @@ class LLM:
         Where it knows several slot sizes, block sizes and numbers of candidate lengths and all of these are left out, those are taken that
         the measured cost of forwards on this machine calls fastest (measuring takes seconds, once). Raises `ConfigError`.
         """
-        is_open = all(getattr(slots, name) is None for name in SIZES)
-        return slots.resolve(self._fastest if is_open and self._choices else self.recommended)
+        if slots not in self._resolved:
+            if len(self._resolved) >= MOST_RESOLVED:
+                self._resolved.clear()
+            is_open = all(getattr(slots, name) is None for name in SIZES)
+            self._resolved[slots] = slots.resolve(self._fastest if is_open and self._choices else self.recommended)
+        return self._resolved[slots]
 
     @cached_property
     def _fastest(self) -> dict[str, Any]:
@@ -467,7 +474,13 @@ def _check_batch_invariant(engine: EngineSettings | None, device: torch.device, 
         raise RequestError("batch_invariant is for 16-bit weights; in float32 batches change no token, leave it out")
 
 
-def _progress(is_wanted: bool, title: str) -> Progress:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not (is_wanted and console.is_terminal))
+@contextmanager
+def _progress(is_wanted: bool, title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, if it is wanted; what comes out moves it on by one."""
+    console = Console(stderr=True) if is_wanted else None
+    if console is None or not console.is_terminal:
+        yield lambda: None
+        return
+    with Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)

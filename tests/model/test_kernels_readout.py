@@ -124,6 +124,15 @@ def test_a_lone_candidate_is_certain() -> None:
     assert found.given_is_argmax.tolist() == [True, False, False]
 
 
+def test_a_network_that_says_no_numbers_still_names_tokens() -> None:
+    """Whatever they are, the embedding has them: a diverged model must not bring the engine down."""
+    case = Case(3)
+    case.x[1] = torch.nan
+    found = readout(case.x, *case.norm, case.weight, case.bias_banned, case.given_ids, num_runner_ups=2, config=CONFIGS["loop"])
+    for ids in (found.token_ids, found.runner_ups):
+        assert ((ids >= 0) & (ids < len(case.weight))).all()
+
+
 def test_two_runs_agree_bit_by_bit() -> None:
     case = Case(17)
     arguments = (case.x, *case.norm, case.weight, case.bias_banned, case.given_ids)

@@ -3,6 +3,8 @@
 # torch and numpy leave the types of tolist open
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+from typing import Any
+
 import numpy as np
 
 from refusion.decoding.params import ALTERNATIVE_LENGTHS, SlotSettings
@@ -31,10 +33,12 @@ def final_columns(slot_size: int) -> slice:
     return slice(TOKENS, TOKENS + slot_size + 1)
 
 
-def rows_needed(num_known: np.ndarray, num_drafted: np.ndarray, plans: np.ndarray, slots: SlotSettings, candidates: int) -> np.ndarray:
+def rows_needed(
+    num_known: np.ndarray, num_drafted: np.ndarray, plans: np.ndarray, slots: SlotSettings, candidates: int | np.ndarray
+) -> np.ndarray:
     """[B] rows of a forward: the chain, masks behind every prepared length, a plan behind all drafts, alternatives.
 
-    candidates: lengths that forwards are to prepare for, see `num_lengths`.
+    candidates: lengths that forwards are to prepare for, see `num_lengths`; [C, 1] of them give [C, B] rows.
     """
     lengths = np.minimum(num_drafted, num_lengths(slots, candidates))
     tried = np.minimum(lengths, num_tried(slots))
@@ -42,7 +46,7 @@ def rows_needed(num_known: np.ndarray, num_drafted: np.ndarray, plans: np.ndarra
     return num_known + num_drafted + lengths * slots.most_masks + plan + tried * slots.alternatives * (1 + slots.most_masks)
 
 
-def most_next(num_drafted: np.ndarray, plans: np.ndarray, slots: SlotSettings, candidates: int) -> np.ndarray:
+def most_next(num_drafted: np.ndarray, plans: np.ndarray, slots: SlotSettings, candidates: int | np.ndarray) -> np.ndarray:
     """[B] rows at most of the forward after one of so many drafts and such a plan, whatever that brings."""
     planned = np.where(plans != SHORT, slots.slot_size, slots.most_masks) - 1  # drafts of its plan, should all pass
     one = np.ones_like(num_drafted)
@@ -52,9 +56,15 @@ def most_next(num_drafted: np.ndarray, plans: np.ndarray, slots: SlotSettings, c
     return np.maximum(passed, np.where(num_drafted > 0, failed, 0))
 
 
-def num_lengths(slots: SlotSettings, candidates: int) -> int:
-    """Accepted lengths a forward prepares for if `candidates` are wanted; where the drafts change the text, always all of the settings."""
-    return min(candidates, slots.candidates()) if slots.acceptance == "exact" else slots.candidates()
+def num_lengths(slots: SlotSettings, candidates: Any) -> Any:
+    """Accepted lengths a forward prepares for if `candidates` are wanted; where the drafts change the text, always all of the settings.
+
+    candidates: a number or an array; the result is of the same kind.
+    """
+    most = slots.candidates()
+    if slots.acceptance != "exact":
+        return candidates * 0 + most
+    return min(candidates, most) if isinstance(candidates, int) else np.minimum(candidates, most)
 
 
 def num_tried(slots: SlotSettings) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -144,19 +145,35 @@ class Request:
 
 def lane_key(new: NewRequest, decoder: str) -> LaneKey:
     """The lane a request belongs to if it is decoded like this."""
+    max_prompt = max(SMALLEST_PROMPT, 1 << (len(new.prompt_ids) - 1).bit_length()) if decoder in DIFFUSION_DECODERS else 0
     sampling = new.sampling
-    max_tokens = max(SMALLEST_LANE, 1 << (sampling.max_tokens - 1).bit_length())
-    slots, diffusion, width, max_prompt = None, None, 1, 0
+    has_top_p = sampling.temperature > 0.0 and sampling.top_p < 1.0
+    how = (decoder, new.slots if decoder == "refusion" else None, new.diffusion if decoder in DIFFUSION_DECODERS else None)
+    return _lane_key(*how, sampling.max_tokens, new.eos_ids, max_prompt, is_greedy=sampling.temperature == 0.0, has_top_p=has_top_p)
+
+
+@lru_cache(maxsize=4096)  # asked several times a request, which takes longer than it should at a thousand requests a second
+def _lane_key(
+    decoder: str,
+    slots: SlotSettings | None,
+    diffusion: DiffusionParams | None,
+    most_tokens: int,
+    eos_ids: tuple[int, ...],
+    max_prompt: int,
+    *,
+    is_greedy: bool,
+    has_top_p: bool,
+) -> LaneKey:
+    max_tokens = max(SMALLEST_LANE, 1 << (most_tokens - 1).bit_length())
+    width = 1
     if decoder == "refusion":
-        assert new.slots is not None, "slot decoding needs slot settings"
-        width = min(new.slots.slots_per_block(sampling.max_tokens), new.slots.num_slots(max_tokens))
+        assert slots is not None, "slot decoding needs slot settings"
+        width = min(slots.slots_per_block(most_tokens), slots.num_slots(max_tokens))
         # However the blocks were described, those of the same length are the same.
-        slots = replace(new.slots, block_size=width * new.slots.slot_size, serial_blocks=None)
+        slots = replace(slots, block_size=width * slots.slot_size, serial_blocks=None)
     elif decoder in DIFFUSION_DECODERS:
-        assert new.diffusion is not None, "diffusion decoders need settings of their own"
-        diffusion = new.diffusion
+        assert diffusion is not None, "diffusion decoders need settings of their own"
         width = diffusion.size if isinstance(diffusion, BlockDiffusionParams) else min(diffusion.block_size, max_tokens)
-        max_prompt = max(SMALLEST_PROMPT, 1 << (len(new.prompt_ids) - 1).bit_length())
     return LaneKey(
         decoder=decoder,
         slots=slots,
@@ -164,9 +181,9 @@ def lane_key(new: NewRequest, decoder: str) -> LaneKey:
         width=width,
         max_tokens=max_tokens,
         max_prompt=max_prompt,
-        eos_ids=tuple(sorted(set(new.eos_ids))),
-        is_greedy=sampling.temperature == 0.0,
-        has_top_p=sampling.temperature > 0.0 and sampling.top_p < 1.0,
+        eos_ids=tuple(sorted(set(eos_ids))),
+        is_greedy=is_greedy,
+        has_top_p=has_top_p,
     )
 
 

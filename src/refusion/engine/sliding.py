@@ -54,8 +54,8 @@ class SlidingDemand:
     def will_end(self, reports: np.ndarray, eos_ids: np.ndarray) -> bool:
         return bool(reports[:, HAS_END].all())
 
-    def rows(self, reports: np.ndarray, candidates: int) -> np.ndarray:
-        """[B] rows of each seat of reports [B, R]."""
+    def rows(self, reports: np.ndarray, candidates: int | np.ndarray) -> np.ndarray:
+        """[B] rows of each seat of reports [B, R]; [C, B] for candidates [C, 1]."""
         rows = rows_needed(reports[:, NUM_KNOWN], reports[:, NUM_DRAFTED], reports[:, PLANS], self.slots, candidates)
         return rows * (1 - reports[:, IS_DONE])
 
@@ -132,9 +132,9 @@ class SlidingExperience:
         counts = np.bincount(written[has_failed], minlength=len(self.failed))[: len(self.failed)]
         self.written += share * (written.mean() - self.written)
         self.failed += share * (counts / count - self.failed)
-        rows = np.array([demand.rows(before, candidates).mean() for candidates in self.ladder])
-        self.rows += share * (rows - self.rows)
-        self.rows_ahead += share * (np.array([demand.most_next(before, each) for each in self.ladder]) / count - self.rows_ahead)
+        ladder = np.array(self.ladder)[:, None]
+        self.rows += share * (demand.rows(before, ladder).mean(axis=1) - self.rows)
+        self.rows_ahead += share * (most_next(drafted, before[:, PLANS], self.slots, ladder).mean(axis=1) - self.rows_ahead)
         # A runner-up was tried at least for the shortest length wherever there were more rows than without any.
         was_tried = has_failed & (written == 1) & (report[:, NUM_ROWS] > demand.rows(before, 0))
         if self.slots.alternatives and was_tried.any():

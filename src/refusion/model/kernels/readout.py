@@ -244,7 +244,8 @@ def readout_rows_kernel(
     total = tl.sum(tl.exp(peak - highest) * tile_sum, axis=0)
     is_given = (given >= 0) & (given < V)
     given_logit = tl.where(is_given, given_logit, float("-inf"))
-    tl.store(token_ids + row, token.to(tl.int64))
+    # A network that says no numbers names nothing; what it is taken to say must still be a token.
+    tl.store(token_ids + row, tl.minimum(token, V - 1).to(tl.int64))
     tl.store(confidence + row, 1.0 / total)
     tl.store(given_probability + row, tl.exp(given_logit - highest) / total)
     tl.store(given_is_argmax + row, token == given)
@@ -258,4 +259,4 @@ def readout_rows_kernel(
             logits = tl.where(ids == token, float("-inf"), logits)
             highest = tl.max(tl.max(logits, axis=1), axis=0)
             token = tl.min(tl.min(tl.where(logits == highest, ids, V), axis=1), axis=0)
-            tl.store(runner_ups + row.to(tl.int64) * R + rank, token.to(tl.int64))
+            tl.store(runner_ups + row.to(tl.int64) * R + rank, tl.minimum(token, V - 1).to(tl.int64))
