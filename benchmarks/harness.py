@@ -66,7 +66,7 @@ def parser(description: str, *, output: str, max_tokens: int = 256) -> argparse.
     slots.add_argument("--serial-blocks", type=int, help="instead of --block-size")
     slots.add_argument("--slot-threshold", type=float)
     slots.add_argument("--token-threshold", type=float)
-    slots.add_argument("--acceptance", choices=["paper", "argmax"])
+    slots.add_argument("--acceptance", choices=["paper", "argmax", "exact"])
     slots.add_argument("--correction", choices=["paper", "autoregressive"])
     slots.add_argument("--alternatives", type=int, help="runner-ups tried beside each draft")
     slots.add_argument("--infill-length", type=int, help="tokens drafted at most behind a failed draft")
