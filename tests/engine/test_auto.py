@@ -144,8 +144,10 @@ def test_lengths_of_exact_sliding_slots_follow_the_cost_of_rows() -> None:
     by_seats = [Candidates(lambda: H100, 4096).choose(experience, seats).candidates for seats in (1, 8, 32, 128)]
     assert by_seats == sorted(by_seats, reverse=True)
     assert by_seats[0] > by_seats[-1]
-    for fixed in (replace(SLIDING_SLOTS, max_candidates=3), replace(SLIDING_SLOTS, acceptance="argmax", max_candidates=3)):
-        assert SlidingExperience(fixed).ladder == (3,)
+    asked = SlidingExperience(replace(SLIDING_SLOTS, max_candidates=3))
+    assert Candidates(lambda: STEEP, 4096).choose(asked, 1).candidates == 3
+    assert [Candidates(lambda: STEEP, 4096).choose(asked, seats).candidates for seats in (64, 128, 256)] == [3, 1, 0]  # what fits
+    assert SlidingExperience(replace(SLIDING_SLOTS, acceptance="argmax", max_candidates=3)).ladder == (3,)
 
 
 def test_what_sliding_slots_teach_does_not_depend_on_the_number_used(new_engine: Callable[..., Engine]) -> None:

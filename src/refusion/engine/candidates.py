@@ -76,9 +76,10 @@ class Candidates:
     def _reconsider(self, experience: AnyExperience, num_seats: int, now: Choice | None) -> Choice:
         """`now` unless another choice is clearly better; None: there is none yet."""
         ladder, num_choices = experience.ladder, experience.num_choices
-        fits = padded_rows(experience, num_seats)[:num_choices] <= self._most_rows
-        if not fits.any():
-            return Choice(ladder[-1], False)
+        fits = padded_rows(experience, num_seats) <= self._most_rows
+        if not fits[:num_choices].any():
+            return Choice(ladder[int(fits.argmax()) if fits.any() else -1], False)
+        fits = fits[:num_choices]
         if self._measure is None:
             return Choice(ladder[int(fits.argmax())], self.runs_ahead)
         seconds = np.stack(self._seconds(self._measure(), experience, num_seats))[:, :num_choices]  # [2, C]

@@ -77,9 +77,8 @@ class SlidingExperience:
     def __init__(self, slots: SlotSettings, tokens_per_forward: float | None = None) -> None:
         self.slots, self.width = slots, 1
         most = slots.candidates()
-        is_free = slots.acceptance == "exact" and slots.max_candidates is None
-        self.ladder = tuple(range(most, -1, -1)) if is_free else (most,)
-        self.num_choices = len(self.ladder)
+        self.ladder = tuple(range(most, -1, -1)) if slots.acceptance == "exact" else (most,)
+        self.num_choices = len(self.ladder) if slots.max_candidates is None else 1  # fewer than were asked for only where no more fit
         self.failed = _first_failures(slots.slot_size)  # [K + 1] share of the other forwards by the length behind which a draft failed
         self.share_hit = SHARE_HIT if slots.alternatives else 0.0
         self.written = 0.0  # tokens of an other forward without those of runner-ups
