@@ -293,14 +293,16 @@ def settings_text(slots: SlotSettings, diffusion: DiffusionParams | None) -> str
 
 
 def slots_text(slots: SlotSettings) -> str:
-    """Slot settings in words."""
+    """Slot settings in words, without those that have no effect: slots that slide are not chosen, and exact acceptance has no threshold."""
     cut = f"{slots.serial_blocks} serial blocks" if slots.serial_blocks else f"blocks of {slots.block_size or slots.slot_size}"
-    thresholds = f"thresholds {slots.slot_threshold:g}/{slots.token_threshold:g}"
+    thresholds = f", thresholds {slots.slot_threshold:g}/{slots.token_threshold:g}"
+    if slots.sliding:
+        thresholds = "" if slots.acceptance == "exact" else f", token threshold {slots.token_threshold:g}"
     rules = f"{slots.acceptance} acceptance, {slots.correction} correction"
     tried = f", {slots.alternatives} alternative{'s' * (slots.alternatives > 1)}" if slots.alternatives else ""
     drafted = f", {slots.infill_length} tokens behind a failed draft" if slots.infill_length else ""
     cut = "sliding with the text" if slots.sliding else f"in {cut}"
-    return f"slots of {slots.slot_size} {cut}, {thresholds}, {rules}{tried}{drafted}"
+    return f"slots of {slots.slot_size} {cut}{thresholds}, {rules}{tried}{drafted}"
 
 
 def output_dict(output: RequestOutput) -> dict[str, Any]:
