@@ -245,7 +245,8 @@ class Server:
             return readout_logits(logits, self.banned, draw, ReadRows(seeds, attempts, rows.positions, given_ids.long()), num_runner_ups)
         temperature = torch.full((count,), self.temperature)
         top_p = None if self.top_p == 1.0 else torch.full((count,), self.top_p)
-        return sampled_readout(logits, self.banned, given_ids, temperature, top_p, seeds, rows.positions, attempts, num_runner_ups)
+        positions = self.rounds.drawn_at(rows) if isinstance(self.rounds, SlidingRounds) else rows.positions
+        return sampled_readout(logits, self.banned, given_ids, temperature, top_p, seeds, positions, attempts, num_runner_ups)
 
     def _read(self, rows: Rows) -> None:
         assert self.last is not None

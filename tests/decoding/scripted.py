@@ -91,7 +91,7 @@ class ScriptedForward:
             keys = Rows(
                 batch.draw.seeds[[request]],
                 batch.draw.attempts[[request]],
-                batch.positions[request, [place]],
+                batch.positions[request, [place]] + batch.draw.shift,
                 batch.given_ids[request, [place]],
             )
             one = readout_logits(self.script(row).clone()[None], self.banned, batch.draw, keys, count)

@@ -97,7 +97,7 @@ class SlidingReference:
         seen, found = list(seen), []
         for index in range(count):
             seen.append(Row.of(self.mask_id, self._position(place + index), seen))
-            readout = self._readout(seen[-1], 0)
+            readout = self._readout(seen[-1], 0, shift=-1 if self.slots.acceptance == "exact" else 0)
             found.append((int(readout.token_ids), tuple(readout.runner_ups[0].tolist())))
         return found
 
@@ -111,9 +111,9 @@ class SlidingReference:
         is_argmax = self.slots.acceptance == "argmax" and bool(readout.given_is_argmax)
         return float(readout.given_probability) > self.slots.token_threshold or is_argmax
 
-    def _readout(self, row: Row, given: int) -> Readout:
+    def _readout(self, row: Row, given: int, shift: int = 0) -> Readout:
         attempt = 1 if self.slots.acceptance == "exact" else len(self.token_ids) + 1
         draw = Draw(self.temperature, self.top_p, torch.tensor([self.seed]), torch.tensor([attempt]))
-        keys = Rows(draw.seeds, draw.attempts, torch.tensor([row.position]), torch.tensor([given]))
+        keys = Rows(draw.seeds, draw.attempts, torch.tensor([row.position + shift]), torch.tensor([given]))
         banned = torch.tensor(list(self.banned), dtype=torch.long)
         return readout_logits(self.script(row).clone()[None], banned, draw, keys, self.slots.alternatives)

@@ -153,6 +153,19 @@ def test_a_report_tells_the_events_of_the_plain_twin(
         assert text == request.text([EOS])
 
 
+def test_exact_drafts_are_drawn_with_the_noise_of_what_they_are_to_be() -> None:
+    """Where masks say what the rows in front of them do, every draft passes, however flat that is."""
+
+    def script(row: Row) -> torch.Tensor:
+        return torch.tensor([-20.0, 0.0, 0.0, 0.3, 0.1, 0.2])
+
+    slots = SlotSettings(slot_size=5, acceptance="exact", sliding=True)
+    asked = Request([2], 16)
+    server(rounds_of(slots, 1), script, 1, temperature=1.5).serve([asked], lambda forward: slots.candidates())
+    assert len(set(asked.text([EOS]))) > 1, "something is drawn"
+    assert [len(report.committed[0].token_ids) for report in asked.reports] == [1, 5, 5, 5]
+
+
 def test_by_hand() -> None:
     """The text counts 2, 3, 4, 5, 2, ...; masks count as well, but say 5 where a 4 should stand, with 4 as the runner-up."""
     right = {2: 3, 3: 4, 4: 5, 5: 2}

@@ -83,7 +83,7 @@ class EagerForward:
         rows = Rows(
             seeds=batch.draw.seeds[request],
             attempts=batch.draw.attempts[request],
-            positions=batch.positions[request, place],
+            positions=batch.positions[request, place] + batch.draw.shift,
             given_ids=batch.given_ids[request, place],
         )
         read = hidden[request, place]

@@ -20,6 +20,8 @@ class Draw:
     top_p: float | Tensor
     seeds: Tensor  # [B]
     attempts: Tensor  # [B]
+    shift: int = 0
+    """Added to the positions that noise is keyed by."""
 
     @property
     def is_greedy(self) -> bool:

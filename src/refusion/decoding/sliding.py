@@ -111,7 +111,9 @@ class _Sliding:
 
     def _masks(self, before: list[int], place: int, count: int) -> list[Draft]:
         """Drafts of `count` masks from `place` of the answer on, behind tokens that are not cached; the first place is named otherwise."""
-        readout = self._forward([*before, *[self.mask_id] * count], place - len(before))
+        # Exact drafts are drawn with the noise of the row in front, which is to write the same: equal noise, more often equal tokens.
+        shift = -1 if self.slots.acceptance == "exact" else 0
+        readout = self._forward([*before, *[self.mask_id] * count], place - len(before), shift=shift)
         rows = range(len(before) + 1, len(before) + count)
         return [
             Draft(int(readout.token_ids[0, row]), float(readout.confidence[0, row]), tuple(readout.runner_ups[0, row].tolist()))
@@ -139,7 +141,7 @@ class _Sliding:
                 return tokens[:count], True
         return tokens, False
 
-    def _forward(self, tokens: list[int], start: int, keep: Keep | None = None) -> Readout:
+    def _forward(self, tokens: list[int], start: int, keep: Keep | None = None, shift: int = 0) -> Readout:
         """Tokens from place `start` of the answer on, each after those before it; so many as `keep` says of the readout are kept."""
         token_ids = torch.tensor([tokens])
         place = torch.arange(start, start + len(tokens))
@@ -149,7 +151,8 @@ class _Sliding:
         given_ids = torch.cat((token_ids[:, 1:], torch.zeros_like(token_ids[:, :1])), dim=1)
         # Everything of a round is drawn with one attempt: what was written when it began, or always the first.
         attempt = 1 if self.slots.acceptance == "exact" else len(self.written) + 1
-        draw = Draw(self.sampling.temperature, self.sampling.top_p, torch.tensor([self.sampling.seed]), torch.tensor([attempt]))
+        keys = torch.tensor([self.sampling.seed]), torch.tensor([attempt])
+        draw = Draw(self.sampling.temperature, self.sampling.top_p, *keys, shift)
         count = self.slots.alternatives
         batch = ForwardBatch(token_ids, positions, Segments.causal(everything), everything, given_ids, draw, count)
         readout = self.forward(batch, self.cache)

@@ -162,6 +162,14 @@ class SlidingRounds(SeatedRounds):
         written = self.table.column("num_written", num_seats)
         return written + 1 if self.slots.acceptance != "exact" else torch.ones_like(written)
 
+    def drawn_at(self, rows: Rows) -> Tensor:
+        """[T] positions that the noise of rows is keyed by.
+
+        Where acceptance is exact, a mask has the noise of the row in front of it, which is to write the same: equal noise, more often equal
+        tokens.
+        """
+        return rows.positions - (rows.token_ids == self.mask_id).int() if self.slots.acceptance == "exact" else rows.positions
+
     def read(self, report_row: np.ndarray) -> SeatReport:
         return seat_report(report_row, self.slot_size)
 

@@ -359,6 +359,7 @@ class Runner:
         if lane.key.is_greedy:
             return self.network.readout(hidden, self.bias_banned, given_ids, num_runner_ups)
         seat = seat.clamp(min=0).long()
+        positions = lane.rounds.drawn_at(rows) if isinstance(lane.rounds, SlidingRounds) else positions
         return sampled_readout(
             self.network.logits(hidden),
             self.banned_ids,
