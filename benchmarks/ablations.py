@@ -221,6 +221,9 @@ class Bench:
         """The common settings with the arm's; a block length belongs to its slot size."""
         cuts = {"slot_size", "block_size", "serial_blocks"}
         kept: dict[str, Any] = dict.fromkeys(cuts - {"slot_size"}) if cuts & arm.changes.keys() else {}
+        stays = {"block_size", "serial_blocks"} & arm.changes.keys() or arm.changes.get("correction") == "paper" or arm.variant is not None
+        if self.common.sliding and stays:
+            kept |= {"sliding": False, "acceptance": "argmax" if self.common.acceptance == "exact" else self.common.acceptance}
         if arm.changes.get("correction") == "paper":
             kept["alternatives"] = 0  # they belong to the other correction
         return replace(self.common, **(kept | arm.changes))
@@ -291,8 +294,10 @@ class Bench:
 
 
 def params(slots: SlotSettings) -> SlotParams:
-    """Settings that are all decided, as a request takes them."""
-    return SlotParams(**{name: value for name, value in asdict(slots).items() if value is not None})
+    """Settings that are all decided, as a request takes them: without those that have no effect."""
+    idle = {"slot_threshold", "fuse_plan"} if slots.sliding else set()
+    idle |= {"token_threshold"} if slots.acceptance == "exact" else set()
+    return SlotParams(**{name: value for name, value in asdict(slots).items() if value is not None and name not in idle})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import csv
 import random
 import sys
 from collections.abc import Callable, Iterable
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import harness
@@ -30,6 +30,8 @@ COLUMNS: tuple[str, ...] = (
     "Explanation", "Subdomain", "High-level domain", "Record ID",
 )  # fmt: skip
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gita", "Hugo")
+MOST_QUESTIONS = 10_000
+"""Well below the number of different ones that can be made."""
 Drawn = tuple[str, str, Iterable[str]]
 """A question, the right answer, and wrong ones to choose from, most tempting first; some may equal the right one or each other."""
 
@@ -40,8 +42,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=198, help="so many; by default as many as GPQA diamond has")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.questions < 1:
-        raise ConfigError(f"questions is {args.questions}; it must be at least 1")
+    if not 1 <= args.questions <= MOST_QUESTIONS:
+        raise ConfigError(f"questions is {args.questions}; it must be in [1, {MOST_QUESTIONS}]")
     target = args.folder / "gpqa" / "train.csv"
     check_free(target)
     write(target, rows(args.questions, args.seed))
@@ -68,7 +70,7 @@ def rows(num_questions: int, seed: int) -> list[dict[str, str]]:
     """So many different questions, the kinds in turn."""
     generator = random.Random(seed)
     found: dict[str, dict[str, str]] = {}
-    for number in count():
+    for number in range(100 * MOST_QUESTIONS):
         kind = KINDS[number % len(KINDS)]
         question, right, tempting = kind(generator)
         wrong = list(islice((answer for answer in dict.fromkeys(tempting) if answer != right), 3))
@@ -79,7 +81,7 @@ def rows(num_questions: int, seed: int) -> list[dict[str, str]]:
         found.setdefault(question, {"Question": question, "Correct Answer": right} | options | about | name)
         if len(found) == num_questions:
             return list(found.values())
-    raise AssertionError("numbers do not end")
+    raise AssertionError("the kinds say the same again and again")
 
 
 def arithmetic(generator: random.Random) -> Drawn:

@@ -214,9 +214,9 @@ def provenance(source: Source) -> str:
     found = content["machine"]
     machine = found.get("gpu") or f"{found['cpu']}, {found['cores']} cores"
     details = [machine, content["settings"].get("dtype"), f"torch {content['versions']['torch']}", content["date"][:10]]
-    return (
-        f"<sub>`{source.stem}.json`: `{content['command']}` ({', '.join(filter(None, details))}, commit {content['commit'][:10]})</sub>  "
-    )
+    commit, _, dirty = content["commit"].partition("+")
+    commit = f"{commit[:10]}{'+dirty' * bool(dirty)}"
+    return f"<sub>`{source.stem}.json`: `{content['command']}` ({', '.join(filter(None, details))}, commit {commit})</sub>  "
 
 
 if __name__ == "__main__":

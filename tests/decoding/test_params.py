@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -120,3 +122,58 @@ def test_long_slots_prepare_only_what_free_rows_hold() -> None:
 def test_sampling_settings_that_would_misbehave_are_refused(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
         SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+SHIPPED = {"slot_size": 16, "sliding": True, "acceptance": "exact", "correction": "autoregressive", "alternatives": 2, "infill_length": 4}
+STAYS = {"sliding": False, "acceptance": "argmax", "token_threshold": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"sliding": True, "acceptance": "exact", "slot_size": 16}),
+        ({"slot_size": 32}, {"sliding": True, "acceptance": "exact", "slot_size": 32}),
+        ({"block_size": 16}, {"sliding": True, "acceptance": "exact"}),
+        ({"acceptance": "exact"}, {"sliding": True, "acceptance": "exact"}),
+        ({"alternatives": 0, "max_candidates": 1}, {"sliding": True, "acceptance": "exact", "alternatives": 0, "max_candidates": 1}),
+        ({"sliding": False}, STAYS),
+        ({"block_size": 64}, STAYS | {"block_size": 64}),
+        ({"serial_blocks": 4}, STAYS | {"serial_blocks": 4}),
+        ({"acceptance": "argmax"}, {"sliding": True, "acceptance": "argmax", "token_threshold": 1.0}),
+        ({"token_threshold": 0.3}, {"sliding": True, "acceptance": "argmax", "token_threshold": 0.3}),
+        ({"acceptance": "paper"}, {"sliding": True, "acceptance": "paper", "token_threshold": 0.4}),
+        ({"correction": "paper"}, STAYS | {"correction": "paper", "alternatives": 0, "infill_length": None}),
+    ],
+    ids=str,
+)
+def test_what_is_given_over_a_checkpoint_of_exact_sliding_slots(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    settings = SlotParams(**given).resolve(SHIPPED)
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"slot_threshold": 0.5},
+        {"fuse_plan": False},
+        {"acceptance": "exact", "token_threshold": 0.9},
+        {"acceptance": "exact", "serial_blocks": 4},
+    ],
+    ids=str,
+)
+def test_what_has_no_effect_on_exact_sliding_slots_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"(slot_threshold|fuse_plan|token_threshold|acceptance) is "):
+        SlotParams(**given).resolve(SHIPPED)
+
+
+def test_the_default_model_recommends_what_the_tests_above_say() -> None:
+    shipped = json.loads((resources.files("refusion.weights") / "smollm2-135m-refusion.json").read_text())["slots"]
+    for slots in shipped.values():
+        settings = SlotParams().resolve({name: value for name, value in slots.items() if name != "tokens_per_forward"})
+        assert (settings.sliding, settings.acceptance) == (True, "exact")
+
+
+def test_exact_slots_need_a_checkpoint_or_a_word_to_slide() -> None:
+    with pytest.raises(ConfigError, match="unless slots slide"):
+        SlotParams(acceptance="exact").resolve({"slot_size": 8})
+    assert SlotParams(acceptance="exact", sliding=True).resolve({"slot_size": 8}).acceptance == "exact"

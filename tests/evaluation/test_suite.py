@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("lm_eval")
 
+import datasets
 from benchmark_rows import edit_json, write_rows
 
 from refusion.decoding.params import SamplingParams, SlotParams
 from refusion.errors import CheckpointError, ConfigError, DataError
 from refusion.evaluation import suite
 from refusion.evaluation.benchmark_data import MADE_UP
-from refusion.evaluation.benchmarks import task_configs
+from refusion.evaluation.benchmarks import BENCHMARKS, as_asked, task_configs
 from refusion.evaluation.results import read_result
 from refusion.evaluation.suite import SuiteSettings, run_suite, samples_directory
 from refusion.llm import LLM
@@ -193,6 +195,14 @@ def test_made_up_rows_bear_another_name_and_count_in_no_mean(llm: LLM, data_dir:
     assert content["figures"]["mean_score"] == content["runs"][0]["figures"]["score"]["value"]
     assert "gpqa_made_up: made-up questions" in content["notes"]
     assert all("prompt" in row for row in rows(tmp_path / "mixed.json", "gpqa_made_up"))
+
+
+def test_one_made_up_row_makes_no_secret_public() -> None:
+    """Rows of the authors stay confidential beside it."""
+    for ids, is_confidential in ((["recA", f"{MADE_UP}-1"], True), ([f"{MADE_UP}-0", f"{MADE_UP}-1"], False)):
+        task = SimpleNamespace(eval_docs=datasets.Dataset.from_dict({"Record ID": ids}))
+        found = as_asked(BENCHMARKS["gpqa"], [task])  # type: ignore[list-item]
+        assert (found.is_made_up, found.is_confidential) == (True, is_confidential)
 
 
 def test_a_checkpoint_without_mask_token_cannot_infill(roomy_model_dir: Path, data_dir: Path, tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ def slots_text(slots: SlotSettings) -> str:
         thresholds = "" if slots.acceptance == "exact" else f", token threshold {slots.token_threshold:g}"
     rules = f"{slots.acceptance} acceptance, {slots.correction} correction"
     tried = f", {slots.alternatives} alternative{'s' * (slots.alternatives > 1)}" if slots.alternatives else ""
-    drafted = f", {slots.infill_length} tokens behind a failed draft" if slots.infill_length else ""
+    drafted = f", {slots.most_masks} masks behind a failed draft" if slots.infill_length else ""
     cut = "sliding with the text" if slots.sliding else f"in {cut}"
     return f"slots of {slots.slot_size} {cut}{thresholds}, {rules}{tried}{drafted}"
 

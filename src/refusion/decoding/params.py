@@ -70,7 +70,9 @@ class SlotParams:
     """A drafted token passes if it is more probable than this given what stands before it, in [0, 1]."""
     acceptance: Acceptance | None = None
     """`paper`: p > token_threshold; `argmax`: that, or the token is the most probable one; `exact`: it is the very token that would be
-    written there, so that the text is the one that autoregressive decoding writes with the same weights and seed. For sliding slots."""
+    written there, so that, but for the rounding of 16 bits, the text is the one that autoregressive decoding writes with the same weights
+    and seed. For sliding slots. Where a checkpoint recommends `exact` and what is given has another rule, or no slots that slide, the
+    nearest one stands in: `argmax` with a token_threshold of 1."""
     correction: Correction | None = None
     """What stands in for the first draft that fails: `paper`: the next mask prediction; `autoregressive`: the token that judged it. Then
     the last row of the prompt and of a finished slot names the first token of the slot behind it; one begun before that keeps its own."""
@@ -78,8 +80,9 @@ class SlotParams:
     """How many runner-ups of each draft are tried beside it: if the correction is one of them, it stands at once, the token behind it is
     known as well, and the next drafts are made behind it. 0 to 3; needs correction `autoregressive`."""
     infill_length: int | None = None
-    """How many tokens are drafted at most behind a draft that failed; left out: all up to the end of the slot. Each takes a row for every
-    length prepared, and late ones seldom pass."""
+    """Masks behind a draft that failed, at most; left out: all up to the end of the slot. Each takes a row for every length prepared, and
+    late ones seldom pass. With correction `autoregressive` the first stands in the place of the token that is named there, and drafts
+    nothing."""
     max_candidates: int | None = None
     """Fused infill: for how many accepted lengths the next drafts are prepared in the same forward; 0: two-pass infill."""
     fuse_plan: bool | None = None
@@ -92,8 +95,9 @@ class SlotParams:
     def __post_init__(self) -> None:
         is_cut_once = self.block_size is None or self.serial_blocks is None
         _require(is_cut_once, "serial_blocks", self.serial_blocks, "left out where block_size is given")
-        # Whatever is given must be valid by itself; whether block_size fits a slot size left out shows once that is known.
-        self.resolve({"slot_size": 1} if self.slot_size is None else {})
+        # Whatever is given must be valid by itself; whether it fits a slot size or slots left out shows once these are known.
+        known: dict[str, Any] = {} if self.slot_size is not None else {"slot_size": max(self.block_size or 1, 1)}
+        self.resolve(known | ({"sliding": True} if self.acceptance == "exact" and self.sliding is None else {}))
 
     def resolve(self, recommended: Mapping[str, Any]) -> "SlotSettings":
         """Fill what was left out. Raises `ConfigError` naming a field that is out of range."""
@@ -106,12 +110,21 @@ class SlotParams:
         if given.get("correction") == "paper":
             for name in ("alternatives", "infill_length"):
                 base.pop(name, None)  # the checkpoint's go with its own correction
-        if given.get("correction") == "paper" or {"block_size", "serial_blocks"} & given.keys():
-            base.pop("sliding", None)  # what was asked for has blocks
+        has_blocks = "serial_blocks" in given or given.get("block_size") not in (None, (base | given).get("slot_size"))
+        if given.get("correction") == "paper" or has_blocks:
+            base.pop("sliding", None)  # what was asked for stays where it is
         if given.get("sliding") and not base.get("sliding"):
             base.pop("max_candidates", None)  # a number of lengths for slots that stay where they are
-        if base.get("acceptance") == "exact" and ("token_threshold" in given or not given.get("sliding", base.get("sliding"))):
-            base["acceptance"] = "argmax"  # the nearest rule that has a threshold, and that slots have which do not slide
+        slides = (base | given).get("sliding", False)
+        if base.get("acceptance") == "exact":
+            if "token_threshold" in given or not slides:
+                base["acceptance"] = "argmax"
+            if (base | given)["acceptance"] == "argmax":
+                base.setdefault("token_threshold", 1.0)
+        _require(not (slides and "slot_threshold" in given), "slot_threshold", self.slot_threshold, "left out where slots slide (sliding)")
+        _require(not (slides and self.fuse_plan is False), "fuse_plan", self.fuse_plan, "left out where slots slide (sliding)")
+        is_used = "token_threshold" not in given or given.get("acceptance") != "exact"
+        _require(is_used, "token_threshold", self.token_threshold, "left out where acceptance is 'exact'")
         unknown = base.keys() - {field.name for field in fields(SlotSettings)}
         _require(not unknown, "refusion block", sorted(unknown), f"made of {', '.join(field.name for field in fields(SlotSettings))}")
         return SlotSettings(**(base | given))

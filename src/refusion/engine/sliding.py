@@ -77,7 +77,7 @@ class SlidingExperience:
     def __init__(self, slots: SlotSettings, tokens_per_forward: float | None = None) -> None:
         self.slots, self.width = slots, 1
         most = slots.candidates()
-        self.ladder = tuple(range(most, -1, -1)) if slots.acceptance == "exact" else (most,)
+        self.ladder: tuple[int, ...] = tuple(range(most, -1, -1)) if slots.acceptance == "exact" else (most,)
         self.num_choices = len(self.ladder) if slots.max_candidates is None else 1  # fewer than were asked for only where no more fit
         self.failed = _first_failures(slots.slot_size)  # [K + 1] share of the other forwards by the length behind which a draft failed
         self.share_hit = SHARE_HIT if slots.alternatives else 0.0
@@ -134,8 +134,9 @@ class SlidingExperience:
         ladder = np.array(self.ladder)[:, None]
         self.rows += share * (demand.rows(before, ladder).mean(axis=1) - self.rows)
         self.rows_ahead += share * (most_next(drafted, before[:, PLANS], self.slots, ladder).mean(axis=1) - self.rows_ahead)
-        # A runner-up was tried at least for the shortest length wherever there were more rows than without any.
-        was_tried = has_failed & (written == 1) & (report[:, NUM_ROWS] > demand.rows(before, 0))
+        # A runner-up is tried at least for the shortest length wherever there are more rows than without any.
+        is_tried = report[:, NUM_ROWS] > demand.rows(before, 0) if len(self.ladder) > 1 else self.ladder[0] > 0
+        was_tried = has_failed & (written == 1) & is_tried
         if self.slots.alternatives and was_tried.any():
             share = was_tried.sum() / self.weight
             self.share_hit += share * (is_hit[was_tried].mean() - self.share_hit)

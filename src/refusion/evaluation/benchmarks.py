@@ -82,7 +82,8 @@ def as_asked(benchmark: Benchmark, tasks: Sequence[ConfigurableTask]) -> Benchma
     if not any(str(record).startswith(MADE_UP) for record in ids):
         return benchmark
     name, title = f"{benchmark.name}_made_up", f"{benchmark.title} (made-up rows)"
-    return replace(benchmark, name=name, title=title, is_confidential=False, is_made_up=True)
+    is_confidential = benchmark.is_confidential and not all(str(record).startswith(MADE_UP) for record in ids)
+    return replace(benchmark, name=name, title=title, is_confidential=is_confidential, is_made_up=True)
 
 
 def task_configs(benchmark: Benchmark) -> list[dict[str, Any]]:
