@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from engines import SLOTS, Plain, is_idle, new_request, run
 
 from refusion.decoding.params import SlotSettings
 from refusion.decoding.refusion_report import AGENDA, ReportColumns, rows_needed
+from refusion.decoding.rounds import NUM_ROWS
+from refusion.decoding.sliding_report import NUM_DRAFTED, NUM_KNOWN, final_columns, report_width
 from refusion.decoding.state import DONE, INFILL, PLAN, REMASK, VERIFY
 from refusion.engine.auto import Auto
 from refusion.engine.candidates import Candidates
@@ -17,7 +20,7 @@ from refusion.engine.core import Engine
 from refusion.engine.costs import CostTable
 from refusion.engine.experience import Experience
 from refusion.engine.requests import Answer, lane_key
-from refusion.engine.sliding import SlidingExperience
+from refusion.engine.sliding import SlidingDemand, SlidingExperience
 
 FLAT = CostTable((1, 1000), (1.0, 1.0))
 STEEP = CostTable((1, 1000), (0.01, 10.0))  # every row costs the same
@@ -148,6 +151,22 @@ def test_lengths_of_exact_sliding_slots_follow_the_cost_of_rows() -> None:
     assert Candidates(lambda: STEEP, 4096).choose(asked, 1).candidates == 3
     assert [Candidates(lambda: STEEP, 4096).choose(asked, seats).candidates for seats in (64, 128, 256)] == [3, 1, 0]  # what fits
     assert SlidingExperience(replace(SLIDING_SLOTS, acceptance="argmax", max_candidates=3)).ladder == (3,)
+
+
+@pytest.mark.parametrize("acceptance", ["exact", "argmax"])
+def test_runner_ups_that_are_never_right_are_seen_through(acceptance: Any) -> None:
+    """Every draft fails at once, and no runner-up is right: one token a forward."""
+    slots = replace(SLIDING_SLOTS, acceptance=acceptance)
+    experience, demand = SlidingExperience(slots, 2.6), SlidingDemand(slots)
+    before = np.zeros((1, report_width(16)), dtype=np.int32)
+    before[0, [NUM_KNOWN, NUM_DRAFTED]] = 1, 3
+    report = before.copy()
+    report[0, final_columns(16)] = -1
+    report[0, final_columns(16).start] = 7
+    report[0, NUM_ROWS] = demand.total(before, slots.candidates())
+    for _ in range(20_000):
+        experience.learn(demand, before, report, np.array([True]), 1)
+    assert experience.tokens_per_forward[0] == pytest.approx(1.0, abs=0.02)
 
 
 def test_what_sliding_slots_teach_does_not_depend_on_the_number_used(new_engine: Callable[..., Engine]) -> None:

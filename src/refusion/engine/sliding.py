@@ -135,7 +135,8 @@ class SlidingExperience:
         self.rows += share * (demand.rows(before, ladder).mean(axis=1) - self.rows)
         self.rows_ahead += share * (most_next(drafted, before[:, PLANS], self.slots, ladder).mean(axis=1) - self.rows_ahead)
         # A runner-up is tried at least for the shortest length wherever there are more rows than without any.
-        is_tried = report[:, NUM_ROWS] > demand.rows(before, 0) if len(self.ladder) > 1 else self.ladder[0] > 0
+        is_exact = self.slots.acceptance == "exact"  # others always prepare the same
+        is_tried = report[:, NUM_ROWS] > demand.rows(before, 0) if is_exact else self.slots.candidates() > 0
         was_tried = has_failed & (written == 1) & is_tried
         if self.slots.alternatives and was_tried.any():
             share = was_tried.sum() / self.weight
