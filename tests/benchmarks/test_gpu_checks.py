@@ -27,7 +27,7 @@ def test_a_check_that_fails_is_named_and_the_others_count(
         gpu_checks.main()
     assert stop.value.code == 1
     texts, small = read_result(output)["runs"]
-    assert texts["figures"] | {"seconds": 0} == {"exit_code": 0, "seconds": 0, "num_answers": 4, "num_same": 4, "num_tokens": 36}
+    assert texts["figures"] | {"seconds": 0} == {"exit_code": 0, "seconds": 0, "num_answers": 6, "num_same": 6, "num_tokens": 54}
     assert small["figures"]["exit_code"] == 127  # the kernels ran, the sanitizer is not there
     assert small["figures"]["num_cases"] == 2
     assert "no-such-sanitizer" in small["settings"]["tail"]
