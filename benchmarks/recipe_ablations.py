@@ -325,6 +325,9 @@ class Campaign:
             figures, seconds = self.bench.measure(arm, self.run_dir(arm) / "final")
         except (RefusionError, RuntimeError) as error:  # the other arms are worth having where one runs out of memory, for example
             self.fail(arm, f"{type(error).__name__}: {error}")
+            if isinstance(error, torch.AcceleratorError):  # this process can use its GPU no more; the same command goes on from here
+                self.trained.clear()
+                self.stop()
             return
         run = Run(label=arm.label, settings=self.described(arm), figures=figures, series=self.series(arm, seconds))
         identity = self.bench.identity(self.recipes[arm.label])
