@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 CPU_WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 GPU_WIDTHS = (1, 16, 32, 64, 128, 192, 256, 512, 1024, 2048, 4096)
 NUM_CACHED = 256
+WARM_UP = 2
+"""Forwards of each width before it is timed."""
 CALM = 1.25
 """A median this far above the least says that others use the machine."""
 
@@ -87,14 +89,13 @@ def _read(path: Path) -> CostTable | None:
 
 def measure(network: FlatNetwork, widths: Sequence[int], repeats: int = 5) -> CostTable:
     """Least seconds of a forward with its readout, one request with NUM_CACHED tokens in the cache: what disturbs only adds."""
-    seconds = []
-    is_cuda = network.device.type == "cuda"
-    if is_cuda:
+    if network.device.type == "cuda":
         _compile(network, widths)
-    for width in widths:
-        forward = _forward_of(network, width)
-        run = _captured(forward) if is_cuda else forward
-        seconds.append(_seconds(run, network.device, repeats))
+        seconds = [_seconds(_captured(_forward_of(network, width)), network.device, WARM_UP + repeats)[WARM_UP:] for width in widths]
+    else:  # all widths in turn, so that a slow second of the machine hits none of them alone
+        forwards = [_forward_of(network, width) for width in widths]
+        turns = [[_seconds(forward, network.device, 1)[0] for forward in forwards] for _ in range(WARM_UP + repeats)]
+        seconds = [list(taken) for taken in zip(*turns[WARM_UP:], strict=True)]
     monotone = np.maximum.accumulate([min(taken) for taken in seconds])  # noise must not make a wider forward cheaper
     unrest = statistics.median(statistics.median(taken) / min(taken) for taken in seconds)
     return CostTable(tuple(widths), tuple(float(value) for value in monotone), unrest)
@@ -144,7 +145,7 @@ def _captured(forward: Callable[[], None]) -> Callable[[], None]:
 
 def _seconds(run: Callable[[], None], device: torch.device, repeats: int) -> list[float]:
     taken: list[float] = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats):
         if device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -152,7 +153,7 @@ def _seconds(run: Callable[[], None], device: torch.device, repeats: int) -> lis
         if device.type == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
-    return taken[2:]
+    return taken
 
 
 def _fingerprint(network: FlatNetwork) -> str:
