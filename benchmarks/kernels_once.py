@@ -23,7 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests" / name) for name in ("model", "engine")]  # random forwards, and small requests
 
-from engines import COSTS, DIFFUSION, EOS, SLOTS, new_request, run  # noqa: E402  # pyright: ignore[reportMissingImports]
+from engines import COSTS, DIFFUSION, EOS, EXACT, SLIDING, SLOTS, new_request, run  # noqa: E402  # pyright: ignore[reportMissingImports]
 from flat_forwards import CHAIN, GROUPS, LONE, PLAN, Seat, forward_of  # noqa: E402  # pyright: ignore[reportMissingImports]
 from forward import CASES, random_model  # noqa: E402
 
@@ -132,11 +132,13 @@ def engines(device: str) -> Iterator[str]:
     for settings in ({}, {"batch_invariant": True}):
         limits = EngineSettings(max_num_seqs=3, max_prompt_rows=32, max_decode_rows=512, cache_tokens=1024, **settings)
         engine = build_engine(flat_network(model, limits), limits, banned_ids=banned, costs=lambda: COSTS)
-        for decoder in ("refusion", "alternatives", "autoregressive", *DIFFUSION):
+        slots = (SLOTS, replace(SLOTS, alternatives=1), SLIDING, EXACT)
+        kinds = [
+            *({"decoder": "refusion", "slots": each} for each in slots),
+            *({"decoder": name} for name in ("autoregressive", *DIFFUSION)),
+        ]
+        for options in kinds:
             answers: list[Any] = []
-            options: dict[str, Any] = {"decoder": decoder}
-            if decoder == "alternatives":
-                options = {"decoder": "refusion", "slots": replace(SLOTS, alternatives=1)}
             for index, length in enumerate((1, 40, 3, 17, 9)):
                 engine.add(new_request([7 + index] * length, answers, index=index, eos_ids=(EOS,), max_tokens=12, **options))
             run(engine)
