@@ -33,11 +33,17 @@ DIFFUSION: dict[str, DiffusionParams] = {
 COSTS = CostTable((1, 64), (1.0, 1.0))
 
 
-def make_engine(network: FlatNetwork, *, costs: CostTable = COSTS, runs_ahead: bool = False, **settings: Any) -> Engine:
-    """An engine for tests; settings are those of `EngineSettings`. runs_ahead: launch before the last report is read, as on a GPU."""
+def make_engine(
+    network: FlatNetwork, *, costs: CostTable = COSTS, runs_ahead: bool = False, idle_share: float | None = None, **settings: Any
+) -> Engine:
+    """An engine for tests; settings are those of `EngineSettings`. runs_ahead: launch before the last report is read, as on a GPU.
+
+    idle_share: of the scheduler, whose own needs more seats than tests have.
+    """
     defaults = {"max_num_seqs": 4, "page_size": 4}
     engine = build_engine(network, EngineSettings(**(defaults | settings)), banned_ids=torch.tensor([MASK]), costs=lambda: costs)
     engine.runner.runs_ahead = engine.scheduler.candidates.runs_ahead = runs_ahead
+    engine.scheduler.idle_share = engine.scheduler.idle_share if idle_share is None else idle_share
     return engine
 
 

@@ -42,8 +42,20 @@ def answer_all(engine: Engine, prompts: list[list[int]], **options: object) -> l
         {"costs": CostTable((1, 1000), (0.001, 1.0))},
         {"runs_ahead": True},
         {"runs_ahead": True, "cache_tokens": 64, "max_num_seqs": 3},
+        {"runs_ahead": True, "max_num_seqs": 3, "idle_share": 0.8},
+        {"runs_ahead": True, "costs": CostTable((1, 1000), (0.001, 1.0))},
     ],
-    ids=["roomy", "short of pages", "prompts in pieces", "few rows", "dear rows", "ahead of reports", "ahead and short of pages"],
+    ids=[
+        "roomy",
+        "short of pages",
+        "prompts in pieces",
+        "few rows",
+        "dear rows",
+        "ahead of reports",
+        "ahead and short of pages",
+        "ahead of some who left",
+        "behind reports",
+    ],
 )
 def test_tokens_and_forwards_are_those_of_the_plain_decoder(
     new_engine: NewEngine, plain: Plain, kind: str, sampling: dict[str, float], settings: dict[str, Any]

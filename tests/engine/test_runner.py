@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -19,6 +20,7 @@ from refusion.engine.network import FlatNetwork
 from refusion.engine.ops import LARGEST_TILE, PlainOps
 from refusion.engine.requests import Answer, lane_key
 from refusion.engine.runner import PromptRows
+from refusion.engine.scheduler import MOST_PASSED
 from refusion.engine.shapes import LONG_CONTEXT, PROMPT_ROWS, ROWS, SEATS, Shape, power_of_two, row_bucket, tile_rows
 from refusion.engine.warm_up import Expected, wanted_shapes
 from refusion.errors import RequestError
@@ -176,6 +178,71 @@ def test_forwards_are_launched_ahead_only_while_nothing_changes(new_engine: NewE
     assert len(answers) == 4
     assert all((answer.token_ids, answer.num_forwards) == plain([*requests, late][answer.request]) for answer in answers)
     assert is_idle(engine)
+
+
+def counted_launches(engine: Engine) -> Counter[str]:
+    """How often forwards are launched from now on by each of the two ways."""
+    count = Counter[str]()
+
+    def watch(name: str) -> None:
+        launch = getattr(engine.runner, name)
+
+        def counted(*args: object, **options: object) -> object:
+            count[name] += 1
+            return launch(*args, **options)
+
+        setattr(engine.runner, name, counted)
+
+    watch("launch")
+    watch("launch_again")
+    return count
+
+
+@pytest.mark.parametrize("decoder", ["autoregressive", "refusion"])
+def test_those_who_wait_for_a_seat_hold_nobody_up_while_all_are_taken(new_engine: NewEngine, plain: Plain, decoder: str) -> None:
+    engine, answers = new_engine(runs_ahead=True, max_num_seqs=2), list[Answer]()
+    requests = [new_request([7, 8, index], answers, index=index, decoder=decoder, eos_ids=(999,), max_tokens=40) for index in range(4)]
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    count = counted_launches(engine)
+    for _ in range(4):
+        engine.step()
+    assert count == {"launch_again": 4}
+    run(engine)
+    assert all((answer.token_ids, answer.num_forwards) == plain(requests[answer.request]) for answer in answers)
+
+
+def test_a_few_empty_seats_hold_nobody_up_for_a_while(new_engine: NewEngine) -> None:
+    engine, answers = new_engine(runs_ahead=True, max_num_seqs=4, idle_share=0.5), list[Answer]()
+    for index in range(3):
+        engine.add(new_request([7, 8, index], answers, index=index, decoder="autoregressive", eos_ids=(999,), max_tokens=40))
+    engine.step()
+    count = counted_launches(engine)
+    engine.add(new_request([9], answers, index=3, decoder="autoregressive", eos_ids=(999,), max_tokens=4))
+    for _ in range(MOST_PASSED):
+        engine.step()
+    assert count == {"launch_again": MOST_PASSED}
+    engine.step()  # one is enough of a share, but for so long only
+    assert count["launch"] == 1
+    run(engine)
+    assert len(answers) == 4
+
+
+def test_where_rows_cost_more_than_the_wait_the_report_alone_says_what_follows(new_engine: NewEngine, plain: Plain) -> None:
+    engine, answers = new_engine(runs_ahead=True, costs=CostTable((1, 1000), (0.001, 1.0)), page_size=64), list[Answer]()
+    requests = [new_request([7, 8, index], answers, index=index, eos_ids=(999,), max_tokens=40 + index) for index in range(3)]
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    assert engine._under_way is not None
+    assert not engine._under_way[0].leads
+    count = counted_launches(engine)
+    run(engine)
+    assert count["launch"] <= 3  # as somebody ends
+    assert count["launch_again"] > 10
+    assert all((answer.token_ids, answer.num_forwards >= plain(requests[answer.request])[1]) == (plain(requests[answer.request])[0], True)
+               for answer in answers)  # fmt: skip
 
 
 def test_nothing_is_launched_behind_a_planned_end(new_engine: NewEngine, plain: Plain) -> None:

@@ -46,6 +46,7 @@ class Engine:
         )
         self._under_way: tuple[Forward, Pending] | None = None
         self._unbooked: tuple[Glance, list[int]] | None = None  # and the seats of which something is to be told
+        self._unlearned: Glance | None = None
         self._news: deque[News] = deque()
         self._num_arrived = 0
 
@@ -75,14 +76,19 @@ class Engine:
         """One forward further. What a callback raises comes out of here, and the engine can go on."""
         if self._under_way is not None:
             forward, pending = self._under_way
-            ahead = self._launch_ahead(forward)
+            goes_on = self.runner.runs_ahead and self.scheduler.goes_on(forward)
+            following = self._launch_ahead(forward) if goes_on else None
             report = pending.wait()
-            self._under_way = ahead
+            if goes_on and following is None:
+                following = self._launch_behind(forward, report)
+            self._under_way = following
             self._glance(forward, report)
         if self._under_way is None:
             self._launch()
         self._book()
         self._tell()
+        if self._under_way is not None:
+            self._learn()
 
     def warm_up(self, new: NewRequest, *, num_requests: int, prompt_tokens: int) -> int:
         """Make ready what up to `num_requests` requests like this one need; returns how many forwards it took, 0 on a CPU.
@@ -115,7 +121,7 @@ class Engine:
             for news in self._news:
                 if news.is_done:
                     news.request.new.on_answer(_answer(news.request, final_tokens(news.written, news.request.new)))
-        self._unbooked = None
+        self._unbooked = self._unlearned = None
         self._news.clear()
         for request in self.scheduler.reset():
             if error is not None:
@@ -125,17 +131,22 @@ class Engine:
 
     def _launch_ahead(self, forward: Forward) -> tuple[Forward, Pending] | None:
         """Launch the next forward behind the one under way, if it is known already."""
-        num_rows = self.scheduler.rows_ahead(forward) if self.runner.runs_ahead else None
-        if num_rows is None:
-            return None
-        again = replace(forward, num_rows=num_rows, prompt=None, pieces=[])
+        num_rows = self.scheduler.rows_ahead(forward)
+        return None if num_rows is None else self._launch_again(replace(forward, num_rows=num_rows, prompt=None, pieces=[]))
+
+    def _launch_behind(self, forward: Forward, report: np.ndarray) -> tuple[Forward, Pending] | None:
+        """Launch what follows from the report alone, before anything else is done with it."""
+        behind = self.scheduler.behind(forward, report)
+        return None if behind is None else self._launch_again(behind)
+
+    def _launch_again(self, forward: Forward) -> tuple[Forward, Pending] | None:
         pending = self.runner.launch_again(
-            again.seats.lane, num_seats=again.num_seats, num_rows=again.num_rows, candidates=again.candidates
+            forward.seats.lane, num_seats=forward.num_seats, num_rows=forward.num_rows, candidates=forward.candidates
         )
         if pending is None:
             return None
-        again.seats.launched()
-        return again, pending
+        forward.seats.launched()
+        return forward, pending
 
     def _glance(self, forward: Forward, report: np.ndarray) -> None:
         """Take from a report what the next forward depends on."""
@@ -164,7 +175,14 @@ class Engine:
             news.append(News(request, seats, report, seats.written[glance.lines[seat]].copy(), bool(glance.is_done[seat])))
         self._unbooked = None
         self._news.extend(news)
-        seats.learn(glance)
+        self._learn()
+        self._unlearned = glance
+
+    def _learn(self) -> None:
+        """Remember what the last forward took and brought: when the device is busy, not between an answer and the next question."""
+        glance, self._unlearned = self._unlearned, None
+        if glance is not None:
+            glance.seats.learn(glance)
 
     def _launch(self) -> None:
         """Launch the next forward, a smaller one if memory does not suffice."""

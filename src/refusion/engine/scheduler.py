@@ -10,7 +10,7 @@ forward, and every forward has rows for all candidate lengths of all its seats.
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,6 +33,10 @@ MOST_LANES = 8
 """Lanes kept ready though nobody is in them."""
 PAGES_AHEAD = 4
 """So many more than it needs next a request gets, as long as half of the pages stay free."""
+IDLE_SHARE = 1 / 32
+"""While fewer, as a share of those who decode, have left or wait beside an empty seat, no forward is held up for them."""
+MOST_PASSED = 4
+"""So many forwards, one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +91,13 @@ class Scheduler:
         self.prefix = PrefixCache(self.pool, runner.page_size, is_on=prefix_caching)
         self.lanes: OrderedDict[LaneKey, Seats] = OrderedDict()  # the one served longest ago comes first
         self.undecided: OrderedDict[int, Request] = OrderedDict()  # decoder "auto", not yet in a lane, by arrival
+        self.idle_share = IDLE_SHARE
         self.num_open = 0
         self.num_preempted = 0  # so far
         self.num_shared_tokens = 0  # prompt tokens so far that were found in the cache
         self._blocked: Request | None = None  # the oldest that waits for pages: nobody younger gets a seat before it
-        self._leaving: list[Request] = []  # to be taken from their seats before the next forward
+        self._leaving: list[Request] = []  # to be taken from their seats before the next forward that is scheduled
+        self._num_passed = 0  # forwards since then that empty seats were no reason to hold up
 
     def check(self, new: NewRequest) -> None:
         """Raises `RequestError` if the request could never run, however empty the engine."""
@@ -140,6 +146,7 @@ class Scheduler:
     def schedule(self) -> Forward | None:
         """The next forward; None if there is nothing to do. Those before it must have ended."""
         self._clear_seats()
+        self._num_passed = 0
         if self.num_open == 0:
             return None
         self._decide()
@@ -160,17 +167,41 @@ class Scheduler:
             self._remember_pages(piece.request)
         self.lanes.move_to_end(forward.seats.key)
 
-    def rows_ahead(self, forward: Forward) -> int | None:
-        """Decode rows of a forward that can follow whatever the one under way brings: nobody arrives, leaves, or needs pages."""
+    def goes_on(self, forward: Forward) -> bool:
+        """Whether another forward may follow the one under way with the same requests: nobody leaves, joins or needs pages.
+
+        A forward that waits for the host costs all who decode the host's time, an empty seat costs a share of a forward. So a few of
+        either kind are passed over, a few times.
+        """
         seats = forward.seats
-        if not forward.leads or not self._is_alone(seats) or self._leaving:
-            return None
-        num_rows = seats.rows_ahead(forward.num_rows, forward.candidates)
+        if any(lane is not seats and lane.has_work for lane in self.lanes.values()):
+            return False
+        num_left = sum(request.is_seated for request in self._leaving)
+        num_seated = len(seats) - num_left
+        num_places = (self.limits.num_seats if self.undecided else seats.num_seats) - num_seated
+        num_idle = max(min(self.num_open - num_seated, num_places), num_left)
+        if num_idle > 0 and (num_idle >= self.idle_share * num_seated or self._num_passed >= MOST_PASSED):
+            return False
+        self._num_passed += num_idle > 0
+        return seats.can_go_on()
+
+    def rows_ahead(self, forward: Forward) -> int | None:
+        """Decode rows of a forward that can follow whatever the one under way brings; None if there are not as many, or nobody for it.
+
+        The forward `goes_on`.
+        """
+        num_rows = forward.seats.rows_ahead(forward.num_rows, forward.candidates) if forward.leads else None
         return num_rows if num_rows is not None and num_rows <= self.limits.decode_rows else None
 
-    def _is_alone(self, seats: Seats) -> bool:
-        """Everybody there is sits in this lane."""
-        return self.num_open == len(seats) and not self.undecided
+    def behind(self, forward: Forward, report: np.ndarray) -> Forward | None:
+        """The forward that follows one that `goes_on`, by its report; None if it ended somebody, or rows do not suffice."""
+        seats, candidates, leads = forward.seats, forward.candidates, forward.leads
+        if seats.experience is not None:
+            candidates, leads = self.candidates.choose(seats.experience, len(seats))
+        num_rows = seats.rows_behind(report, candidates)
+        if num_rows is None or num_rows > self.limits.decode_rows:
+            return None
+        return replace(forward, num_rows=num_rows, candidates=candidates, prompt=None, pieces=[], leads=leads)
 
     def failed(self, forward: Forward) -> bool:
         """Memory did not suffice for the forward, which changed nothing: make the next one smaller. False if it cannot be."""

@@ -176,12 +176,14 @@ class Seats:
 
     def num_rows(self, candidates: int) -> int:
         """Decode rows of the forward to come."""
-        count = len(self.requests)
+        return self._num_rows(self.reports[: len(self.requests)], candidates)
+
+    def _num_rows(self, reports: np.ndarray, candidates: int) -> int:
         if isinstance(self.lane.rounds, DiffusionRounds):
-            return int(self.reports[:count, NEXT_ROWS].sum())
+            return int(reports[:, NEXT_ROWS].sum())
         if self.demand is None:
-            return int(np.count_nonzero(self.is_decoding[:count]))
-        return self.demand.total(self.reports[:count], candidates)
+            return int(np.count_nonzero(self.is_decoding[: len(reports)]))
+        return self.demand.total(reports, candidates)
 
     def short_of_pages(self) -> list[Request]:
         """Requests whose pages may not hold what the forward to come commits, oldest first."""
@@ -195,23 +197,37 @@ class Seats:
         held = max(int(self.cached[seat]), int(self.first_room[seat]))
         return min(held + self.most_committed, int(self.most_cached[seat]))
 
-    def rows_ahead(self, num_rows: int, candidates: int) -> int | None:
-        """Rows that hold the forward after the one under way, which has `num_rows`, whatever that brings; None if rows alone do not do.
+    def can_go_on(self) -> bool:
+        """The forward after the one under way needs nothing but rows: no prompt, and no pages whatever both of them write."""
+        is_whole = self.is_decoding[: len(self.requests)].all() or not self.prefilling()
+        return bool(is_whole) and not self._is_short(2 * self.most_committed).any()
 
-        That is so where somebody needs pages first, and where nobody may be left to decode.
+    def rows_ahead(self, num_rows: int, candidates: int) -> int | None:
+        """Rows that hold the forward after the one under way, which has `num_rows`, whatever that brings; None if nobody may be left.
+
+        Those who sit `can_go_on`.
         """
         count = len(self.requests)
-        if not self.is_decoding[:count].all():
-            return None
+        is_decoding = self.is_decoding[:count]
         if self.key.diffusion is not None:
             repeats = isinstance(self.key.diffusion, MaskedDiffusionParams) and self._can_repeat_masked(count)
             return num_rows if repeats else None
-        if self._is_short(2 * self.most_committed).any():  # by the forward under way, and by the next
-            return None
         if self.demand is not None:
-            will_end = self.demand.will_end(self.reports[:count], self._eos_ids)
-            return None if will_end else max(self.demand.most_next(self.reports[:count], candidates), 1)
-        return num_rows if (self.most_cached[:count] > self.cached[:count] + 1).any() else None
+            reports = self.reports[:count] if is_decoding.all() else self.reports[:count][is_decoding]
+            will_end = self.demand.will_end(reports, self._eos_ids)
+            return None if will_end else max(self.demand.most_next(reports, candidates), 1)
+        goes_on = is_decoding & (self.most_cached[:count] > self.cached[:count] + 1)
+        return num_rows if goes_on.any() else None
+
+    def rows_behind(self, report: np.ndarray, candidates: int) -> int | None:
+        """Rows of the forward that follows the one of which this is the report [B, R]; None if it ended somebody.
+
+        Those who sit `can_go_on`.
+        """
+        report = report[: len(self.requests)]
+        if (report[:, IS_DONE] > self.reports[: len(report), IS_DONE]).any():
+            return None
+        return self._num_rows(report, candidates)
 
     def _can_repeat_masked(self, count: int) -> bool:
         """Without a cache, a forward of masked diffusion runs prompt and answer whatever the one before it brought."""
