@@ -129,7 +129,7 @@ def test_making_a_shape_ready_changes_nothing(new_engine: NewEngine, plain: Plai
     engine.step()
     seats = engine.scheduler._lane(lane_key(requests[0], kind))
     before = [engine.runner.pool.keys.clone(), seats.lane.table.values.clone(), seats.lane.spans.cached.clone()]
-    seats.lane.upload(4)
+    seats.lane.upload()
     before[1] = seats.lane.table.values.clone()
     engine.runner.warm(seats.lane, [engine.runner.shape(seats.lane, 4, 20, num_prompt, 1, 0) for num_prompt in (0, 5)])
     after = [engine.runner.pool.keys, seats.lane.table.values, seats.lane.spans.cached]

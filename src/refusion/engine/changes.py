@@ -1,4 +1,10 @@
-"""Changes to the state of seats, collected on the host and applied before the next forward: one upload whoever comes, moves or goes."""
+"""Changes to the state of seats, collected on the host and brought to the device before the next forward, whoever comes, moves or goes.
+
+Only the seats that change are written: what the device knows of the others may be ahead of the host.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -6,10 +12,54 @@ from torch import Tensor
 
 from refusion.decoding.seats import SeatTable
 
-# B = seats, X = columns of the table, N = seats that change
+# B = seats, X = columns of a table, N = seats that change
 
 TARGET, SOURCE, LENGTH, LINE = range(4)
-"""Columns of an upload: the seat that changes, the seat whose line it gets, how many columns are written anew, and those."""
+"""Columns of a change of the table: the seat that changes, the seat whose line it gets, how many columns are written anew, and those."""
+SIZES = (2, 8, 32, 128, 512)
+"""Numbers of changes that a graph is captured for."""
+
+
+class Upload:
+    """Lines of numbers for the device, staged on the host. On a GPU all that is done with them there is one graph launch."""
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, put: Callable[[Tensor], None]) -> None:
+        """shape: most changes, and numbers of each. put: called with the changes on the device; the last ones may be there repeatedly."""
+        self._put, self._is_cuda = put, device.type == "cuda"
+        self._staging = torch.zeros(shape, dtype=dtype, pin_memory=self._is_cuda)
+        self._sent = torch.zeros_like(self._staging, device=device)
+        self.lines = self._staging.numpy()
+        """Where changes are written, from the first line on."""
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # by number of changes; None: has run once
+
+    def send(self, count: int) -> None:
+        """Bring the first lines to the device. What was sent before must have arrived."""
+        place, most = bisect_left(SIZES, count), len(self.lines)
+        size = min(SIZES[place], most) if place < len(SIZES) else most
+        self.lines[count:size] = self.lines[count - 1]
+        graph = self._graphs.get(size)
+        if graph is not None:
+            graph.replay()
+        elif self._is_cuda and size in self._graphs:
+            graph = self._graphs[size] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._run(size)
+            graph.replay()
+        else:
+            self._run(size)
+            self._graphs[size] = None
+
+    def warm(self, unchanged: np.ndarray) -> None:
+        """Make all sizes ready, with a change that changes nothing."""
+        for size in (*(size for size in SIZES if size < len(self.lines)), len(self.lines)):
+            for _ in range(2):
+                self.lines[:size] = unchanged
+                self.send(size)
+
+    def _run(self, size: int) -> None:
+        changes = self._sent[:size]
+        changes.copy_(self._staging[:size], non_blocking=True)
+        self._put(changes)
 
 
 class QueuedTable(SeatTable):
@@ -20,9 +70,7 @@ class QueuedTable(SeatTable):
         self.columns, self.device, self.first, self.values = table.columns, table.device, table.first, table.values
         num_seats, num_columns = self.values.shape
         self._queue: dict[int, tuple[int, list[int]]] = {}  # seat -> (seat whose line it gets, its first columns)
-        self._staging = torch.zeros(num_seats, LINE + num_columns, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        self._lines = self._staging.numpy()
-        self._uploaded = torch.zeros_like(self._staging, device=self.device)
+        self._upload = Upload((num_seats, LINE + num_columns), torch.int64, self.device, self._put)
         self._place = torch.arange(num_columns, device=self.device)
 
     def write(self, seat: int, values: dict[str, int | list[int]]) -> None:
@@ -52,13 +100,52 @@ class QueuedTable(SeatTable):
         """Bring all changes to the device. What was uploaded before must have arrived."""
         if not self._queue:
             return
-        count = len(self._queue)
-        for index, (seat, (source, line)) in enumerate(self._queue.items()):
-            self._lines[index, :LINE] = seat, source, len(line)
-            self._lines[index, LINE : LINE + len(line)] = np.array(line, dtype=np.int64)
+        for change, (seat, (source, line)) in zip(self._upload.lines, self._queue.items(), strict=False):
+            change[: LINE + len(line)] = [seat, source, len(line), *line]
+        self._upload.send(len(self._queue))
         self._queue.clear()
-        changes = self._uploaded[:count]
-        changes.copy_(self._staging[:count], non_blocking=True)
+
+    def warm(self) -> None:
+        """Make changes of any size ready; there must be none, and nothing under way."""
+        assert not self._queue, "changes wait to be applied"
+        self._upload.warm(np.zeros(LINE + len(self._place), dtype=np.int64))  # the line of seat 0 for seat 0, and nothing new
+
+    def _put(self, changes: Tensor) -> None:
         lines = self.values.index_select(0, changes[:, SOURCE])  # [N, X], read before any line is written
         is_new = self._place < changes[:, LENGTH : LENGTH + 1]
         self.values.index_copy_(0, changes[:, TARGET], torch.where(is_new, changes[:, LINE:], lines))
+
+
+class SeatNumbers:
+    """Per seat, how many tokens are committed and which pages hold them: the host's copy, changes of which wait for `apply`."""
+
+    def __init__(self, cached: Tensor, page_table: Tensor) -> None:
+        """cached [B] and page_table [B, M] on the device."""
+        num_seats, num_pages = page_table.shape
+        self._cached, self._page_table = cached, page_table
+        self.cached = np.zeros(num_seats, dtype=np.int32)
+        """[B] Who changes it otherwise than the device does says so with `changed`."""
+        self.page_table = np.zeros((num_seats, num_pages), dtype=np.int32)
+        """[B, M]"""
+        self.changed: set[int] = set()
+        """Seats of which the device is to be told."""
+        self._upload = Upload((num_seats, 2 + num_pages), torch.int32, cached.device, self._put)
+
+    def apply(self) -> None:
+        """Bring all changes to the device. What was uploaded before must have arrived."""
+        if not self.changed:
+            return
+        seats, lines = list(self.changed), self._upload.lines[: len(self.changed)]
+        lines[:, 0], lines[:, 1], lines[:, 2:] = seats, self.cached[seats], self.page_table[seats]
+        self._upload.send(len(seats))
+        self.changed.clear()
+
+    def warm(self) -> None:
+        """Make changes of any size ready; there must be none, and nothing under way."""
+        assert not self.changed, "changes wait to be applied"
+        self._upload.warm(np.array([0, self.cached[0], *self.page_table[0]], dtype=np.int32))
+
+    def _put(self, changes: Tensor) -> None:
+        seats = changes[:, 0].long()
+        self._cached.index_copy_(0, seats, changes[:, 1])
+        self._page_table.index_copy_(0, seats, changes[:, 2:])

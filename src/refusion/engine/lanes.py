@@ -14,7 +14,7 @@ from refusion.decoding.refusion_report import AGENDA
 from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.sliding_rounds import SlidingRounds
 from refusion.decoding.state import DONE
-from refusion.engine.changes import QueuedTable
+from refusion.engine.changes import QueuedTable, SeatNumbers
 from refusion.engine.shapes import Shape
 from refusion.model.rows import PADDING, Spans, Tiles
 
@@ -69,15 +69,11 @@ class Lane:
         self.spans = Spans(cached, prompt_start, prompt_end, row_start, row_end, page_table, page_size)
         self.sampling = torch.ones(2, num_seats, device=device)
         self.temperature, self.top_p = self.sampling
-        self._page_staging = torch.zeros(num_seats, pages_per_seat, dtype=torch.int32, pin_memory=is_cuda)
-        self._cached_staging = torch.zeros(num_seats, dtype=torch.int32, pin_memory=is_cuda)
         self._sampling_staging = torch.ones(2, num_seats, pin_memory=is_cuda)
-        self.page_table_host = self._page_staging.numpy()
-        """[B, M]; changes between forwards only, since it is uploaded from where it lies."""
-        self.cached_host = np.zeros(num_seats, dtype=np.int32)
-        """[B] committed tokens. Who changes it otherwise than the device does says so with `has_new_cached`."""
         self.sampling_host = self._sampling_staging.numpy()
-        self.has_new_pages = self.has_new_cached = self.has_new_sampling = False
+        self.has_new_sampling = False
+        self._numbers = SeatNumbers(cached, page_table)
+        self.cached_host, self.page_table_host = self._numbers.cached, self._numbers.page_table
         # Two, since a forward may be launched before the report of the last one is read.
         self._reports = torch.zeros(2, num_seats, rounds.report_width, dtype=torch.int32, pin_memory=is_cuda)
         self._report_views: dict[tuple[int, int], tuple[Tensor, Tensor, np.ndarray]] = {}
@@ -88,12 +84,16 @@ class Lane:
     def set_pages(self, seat: int, pages: list[int], first: int = 0) -> None:
         """Entries of a seat's page table from `first` on."""
         self.page_table_host[seat, first : first + len(pages)] = pages
-        self.has_new_pages = True
+        self._numbers.changed.add(seat)
 
     def set_cached(self, seat: int, cached: int) -> None:
         """Number of committed tokens of a seat."""
         self.cached_host[seat] = cached
-        self.has_new_cached = True
+        self._numbers.changed.add(seat)
+
+    def refresh(self, num_seats: int) -> None:
+        """Tell the device again what the host knows of the first seats, after a forward that failed."""
+        self._numbers.changed.update(range(num_seats))
 
     def set_sampling(self, seat: int, temperature: float, top_p: float) -> None:
         """How a seat's tokens are drawn, in a lane that is not greedy."""
@@ -106,7 +106,7 @@ class Lane:
         self.page_table_host[target] = self.page_table_host[source]
         self.cached_host[target] = self.cached_host[source]
         self.sampling_host[:, target] = self.sampling_host[:, source]
-        self.has_new_pages = self.has_new_cached = True
+        self._numbers.changed.add(target)
         self.has_new_sampling = not self.key.is_greedy
 
     def retire(self, seat: int) -> None:
@@ -126,19 +126,18 @@ class Lane:
         for seat in range(len(self.cached_host)):
             self.retire(seat)
 
-    def upload(self, num_seats: int) -> None:
+    def upload(self) -> None:
         """Bring what has changed to the device. What was uploaded before must have arrived."""
         self.table.apply()
-        if self.has_new_pages:
-            self.spans.page_table[:num_seats].copy_(self._page_staging[:num_seats], non_blocking=True)
-            self.has_new_pages = False
-        if self.has_new_cached:
-            self._cached_staging.numpy()[:] = self.cached_host
-            self.spans.cached.copy_(self._cached_staging, non_blocking=True)
-            self.has_new_cached = False
+        self._numbers.apply()
         if self.has_new_sampling:
             self.sampling.copy_(self._sampling_staging, non_blocking=True)
             self.has_new_sampling = False
+
+    def warm_up(self) -> None:
+        """Make uploads ready, so that none is slow later. All there was to upload has arrived."""
+        self.table.warm()
+        self._numbers.warm()
 
     def copy_report(self, num_seats: int) -> np.ndarray:
         """Send the report of the forward just launched to the host; the array [B, R] it arrives in is used again after the next one."""

@@ -155,7 +155,7 @@ class Runner:
         shape = self.shape(lane, num_seats, num_rows, num_prompt_rows, candidates, _longest(lane, num_seats))
         assert shape.num_prompt_rows + shape.num_rows <= self.max_rows, f"{shape} needs more than {self.max_rows} rows"
         try:
-            lane.upload(num_seats)
+            lane.upload()
             if prompt is not None:
                 self._write_prompt(shape, prompt)
             return self._launch(lane, shape)
@@ -183,8 +183,11 @@ class Runner:
         try:
             if self.is_cuda:
                 self._compile(lane, new)
+            if new:
+                lane.upload()
+                self.synchronize()
+                lane.warm_up()
             for shape in new:
-                lane.upload(shape.num_seats)
                 for _ in range(2):
                     if shape.num_prompt_rows:
                         self._write_prompt(shape, NO_PROMPT)

@@ -330,7 +330,7 @@ class Seats:
 
     def refresh_cached(self) -> None:
         """Tell the device again how much each seat has cached, after a forward that failed."""
-        self.lane.has_new_cached = True
+        self.lane.refresh(len(self.requests))
 
     def _restore(self, seat: int, saved: Saved, runner: Runner) -> None:
         request = self.requests[seat]
