@@ -222,11 +222,39 @@ def test_a_few_empty_seats_hold_nobody_up_for_a_while(new_engine: NewEngine) -> 
     engine.add(new_request([9], answers, index=3, decoder="autoregressive", eos_ids=(999,), max_tokens=4))
     for _ in range(MOST_PASSED):
         engine.step()
-    assert count == {"launch_again": MOST_PASSED}
-    engine.step()  # one is enough of a share, but for so long only
-    assert count["launch"] == 1
+    assert engine._under_way is not None
+    assert engine._under_way[0].prompt is None
+    engine.step()  # one is too small a share, but only for so long
+    assert engine._under_way[0].prompt is not None
+    assert count == {"launch_again": MOST_PASSED + 1}
     run(engine)
     assert len(answers) == 4
+
+
+@pytest.mark.parametrize("decoder", ["autoregressive", "refusion"])
+@pytest.mark.parametrize("costs", [COSTS, CostTable((1, 1000), (0.001, 1.0))], ids=["ahead", "behind"])
+def test_those_who_wait_take_the_seats_of_others_while_forwards_are_under_way(
+    new_engine: NewEngine, plain: Plain, decoder: str, costs: CostTable
+) -> None:
+    engine, answers = new_engine(runs_ahead=True, max_num_seqs=3, costs=costs, page_size=64), list[Answer]()
+    lengths = (10, 23, 37, 14, 40, 31, 18, 26, 39, 12, 33, 21)
+    requests = [
+        new_request([7, 8, index], answers, index=index, decoder=decoder, eos_ids=(999,), max_tokens=length)
+        for index, length in enumerate(lengths)
+    ]
+    for request in requests:
+        engine.add(request)
+    count = counted_launches(engine)
+    run(engine)
+    print(count)
+    assert count["launch"] <= 5  # the first of all, and at the end, when nobody waits
+    assert count["launch_again"] > 30
+    for answer in answers:
+        token_ids, num_forwards = plain(requests[answer.request])
+        assert answer.token_ids == token_ids
+        assert answer.num_forwards >= num_forwards
+    assert len(answers) == 12
+    assert is_idle(engine)
 
 
 def test_where_rows_cost_more_than_the_wait_the_report_alone_says_what_follows(new_engine: NewEngine, plain: Plain) -> None:

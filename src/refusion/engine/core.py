@@ -76,11 +76,7 @@ class Engine:
         """One forward further. What a callback raises comes out of here, and the engine can go on."""
         if self._under_way is not None:
             forward, pending = self._under_way
-            goes_on = self.runner.runs_ahead and self.scheduler.goes_on(forward)
-            following = self._launch_ahead(forward) if goes_on else None
-            report = pending.wait()
-            if goes_on and following is None:
-                following = self._launch_behind(forward, report)
+            following, report = self._follow(forward, pending)
             self._under_way = following
             self._glance(forward, report)
         if self._under_way is None:
@@ -129,24 +125,41 @@ class Engine:
 
     # ---- the parts of a step ----
 
-    def _launch_ahead(self, forward: Forward) -> tuple[Forward, Pending] | None:
-        """Launch the next forward behind the one under way, if it is known already."""
-        num_rows = self.scheduler.rows_ahead(forward)
-        return None if num_rows is None else self._launch_again(replace(forward, num_rows=num_rows, prompt=None, pieces=[]))
+    def _follow(self, forward: Forward, pending: Pending) -> tuple[tuple[Forward, Pending] | None, np.ndarray]:
+        """The report of the forward under way, and the one launched behind it, before or after the report, if all that takes is known."""
+        scheduler, joined = self.scheduler, None
+        if not self.runner.runs_ahead:
+            return None, pending.wait()
+        after = forward if scheduler.goes_on(forward) else (joined := scheduler.join(forward))
+        if after is None:
+            return None, pending.wait()
+        num_rows = scheduler.rows_ahead(after)
+        following = None if num_rows is None else self._launch_behind(after, joined, (after.candidates, num_rows, after.leads))
+        report = pending.wait()
+        if following is None and (rows := scheduler.rows_behind(after, report)) is not None:
+            following = self._launch_behind(after, joined, rows)
+        if following is None and joined is not None:
+            scheduler.unjoin(joined)
+        return following, report
 
-    def _launch_behind(self, forward: Forward, report: np.ndarray) -> tuple[Forward, Pending] | None:
-        """Launch what follows from the report alone, before anything else is done with it."""
-        behind = self.scheduler.behind(forward, report)
-        return None if behind is None else self._launch_again(behind)
-
-    def _launch_again(self, forward: Forward) -> tuple[Forward, Pending] | None:
+    def _launch_behind(self, forward: Forward, joined: Forward | None, rows: tuple[int, int, bool]) -> tuple[Forward, Pending] | None:
+        """A forward with those of another one, or with those who join and their prompts; None if its shape is not ready."""
+        candidates, num_rows, leads = rows
+        behind = replace(forward, candidates=candidates, num_rows=num_rows, leads=leads)
+        if joined is None:
+            behind = replace(behind, prompt=None, pieces=[], brings=False)
         pending = self.runner.launch_again(
-            forward.seats.lane, num_seats=forward.num_seats, num_rows=forward.num_rows, candidates=forward.candidates
+            behind.seats.lane,
+            num_seats=behind.num_seats,
+            num_rows=num_rows,
+            prompt=behind.prompt,
+            candidates=candidates,
+            uploads=behind.brings,
         )
         if pending is None:
             return None
-        forward.seats.launched()
-        return forward, pending
+        self.scheduler.launched(behind)
+        return behind, pending
 
     def _glance(self, forward: Forward, report: np.ndarray) -> None:
         """Take from a report what the next forward depends on."""

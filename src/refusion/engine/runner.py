@@ -163,15 +163,22 @@ class Runner:
             self.synchronize()
             raise RequestError(OUT_OF_MEMORY) from error
 
-    def launch_again(self, lane: Lane, *, num_seats: int, num_rows: int, candidates: int) -> Pending | None:
-        """One forward more behind the one under way, with room for as many decode rows, without a prompt; None if its shape is not ready.
+    def launch_again(
+        self, lane: Lane, *, num_seats: int, num_rows: int, prompt: PromptRows | None, candidates: int, uploads: bool
+    ) -> Pending | None:
+        """One forward more behind the one under way; None if its shape is not ready.
 
-        Whatever the report says, `num_rows` must suffice.
+        Whatever the report says, `num_rows` must suffice. uploads: changes of seats first; what was uploaded before must have arrived.
         """
-        shape = self.shape(lane, num_seats, num_rows, 0, candidates, _longest(lane, num_seats))
+        num_prompt_rows = 0 if prompt is None else len(prompt.token_ids)
+        shape = self.shape(lane, num_seats, num_rows, num_prompt_rows, candidates, _longest(lane, num_seats))
         captured = lane.captured.get(shape)
-        if self.is_cuda and (captured is None or captured.graph is None):
+        if shape.num_prompt_rows + shape.num_rows > self.max_rows or (self.is_cuda and (captured is None or captured.graph is None)):
             return None
+        if uploads:
+            lane.upload()
+        if prompt is not None:
+            self._write_prompt(shape, prompt)
         return self._launch(lane, shape)
 
     def warm(self, lane: Lane, shapes: Iterable[Shape]) -> None:

@@ -10,7 +10,7 @@ forward, and every forward has rows for all candidate lengths of all its seats.
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -69,6 +69,8 @@ class Forward:
     pieces: list[Piece]
     leads: bool = True
     """Whether the next forward should be launched before the report of this one is there, if it can be."""
+    brings: bool = True
+    """Whether something was uploaded for it. While it is under way, nothing more may be."""
 
 
 class Scheduler:
@@ -174,7 +176,7 @@ class Scheduler:
         either kind are passed over, a few times.
         """
         seats = forward.seats
-        if any(lane is not seats and lane.has_work for lane in self.lanes.values()):
+        if self._is_shared(seats):
             return False
         num_left = sum(request.is_seated for request in self._leaving)
         num_seated = len(seats) - num_left
@@ -185,30 +187,57 @@ class Scheduler:
         self._num_passed += num_idle > 0
         return seats.can_go_on()
 
+    def _is_shared(self, seats: Seats) -> bool:
+        """Other lanes want their turn too."""
+        return any(lane is not seats and lane.has_work for lane in self.lanes.values())
+
+    def join(self, forward: Forward) -> Forward | None:
+        """Seats for those who wait, while a forward is under way: the one that brings their prompts, beside those who go on.
+
+        Those who have left let them have their seats. None if nobody joins. How many rows it has, `rows_ahead` or `rows_behind` says; if
+        it is not launched, `unjoin` takes it back.
+        """
+        seats = forward.seats
+        is_waiting = bool(self.undecided) or seats.next_waiting() is not None
+        if not is_waiting or forward.brings or seats.key.diffusion is not None or self._is_shared(seats) or not seats.can_go_on():
+            return None
+        for request in self._leaving:
+            if request not in seats.left:
+                self.pool.release(seats.give_up(request))
+        self._admit(seats, is_under_way=True)
+        self._leaving = [request for request in self._leaving if request.is_seated]
+        if not seats.prefilling():
+            return None
+        self._num_passed = 0
+        return self._forward(seats)
+
+    def unjoin(self, forward: Forward) -> None:
+        """A forward that `join` made was not launched; those who were to join keep their seats."""
+        _unbegin_fresh(forward.seats)
+
     def rows_ahead(self, forward: Forward) -> int | None:
         """Decode rows of a forward that can follow whatever the one under way brings; None if there are not as many, or nobody for it.
 
-        The forward `goes_on`.
+        The forward is one that `goes_on`, or that `join` made.
         """
         num_rows = forward.seats.rows_ahead(forward.num_rows, forward.candidates) if forward.leads else None
         return num_rows if num_rows is not None and num_rows <= self.limits.decode_rows else None
 
-    def behind(self, forward: Forward, report: np.ndarray) -> Forward | None:
-        """The forward that follows one that `goes_on`, by its report; None if it ended somebody, or rows do not suffice."""
+    def rows_behind(self, forward: Forward, report: np.ndarray) -> tuple[int, int, bool] | None:
+        """Lengths, decode rows and `leads` of what follows a report [B, R]; None if it ended somebody, or rows do not suffice.
+
+        The forward is one that `goes_on`, or that `join` made.
+        """
         seats, candidates, leads = forward.seats, forward.candidates, forward.leads
         if seats.experience is not None:
             candidates, leads = self.candidates.choose(seats.experience, len(seats))
         num_rows = seats.rows_behind(report, candidates)
-        if num_rows is None or num_rows > self.limits.decode_rows:
-            return None
-        return replace(forward, num_rows=num_rows, candidates=candidates, prompt=None, pieces=[], leads=leads)
+        return None if num_rows is None or num_rows > self.limits.decode_rows else (candidates, num_rows, leads)
 
     def failed(self, forward: Forward) -> bool:
         """Memory did not suffice for the forward, which changed nothing: make the next one smaller. False if it cannot be."""
         seats = forward.seats
-        for request in list(seats.requests):
-            if seats.is_fresh[request.seat]:
-                seats.unbegin(request)
+        _unbegin_fresh(seats)
         seats.refresh_cached()
         if len(seats) == 1 and (forward.prompt is None or self.limits.prompt_rows == 1):
             self.limits = self._full_limits  # smaller ones were of no use
@@ -288,7 +317,7 @@ class Scheduler:
 
         Asked before every forward while somebody waits, so what is cheap comes first.
         """
-        if not self.undecided or sum(len(seats) for seats in self.lanes.values()) >= self.limits.num_seats:
+        if not self.undecided or sum(seats.num_present for seats in self.lanes.values()) >= self.limits.num_seats:
             return False
         request = next(iter(self.undecided.values()))
         key = lane_key(request.new, self.choose_decoder(request.new, min(self.num_open, self.limits.num_seats)))
@@ -345,8 +374,8 @@ class Scheduler:
         self.pool.release(seats.leave(request))
         seats.wait(request)
 
-    def _admit(self, seats: Seats) -> None:
-        """Seats for those who came first, while seats, pages and prompt rows last."""
+    def _admit(self, seats: Seats, *, is_under_way: bool = False) -> None:
+        """Seats for those who came first, while seats, pages and prompt rows last; while a forward is under way, not for the preempted."""
         if seats.is_full or (seats.next_waiting() is None and not self.undecided):
             return
         rows_left = self.limits.prompt_rows - sum(len(request.prefill_ids) - request.num_prefilled for request in seats.prefilling())
@@ -356,6 +385,8 @@ class Scheduler:
                 if not self._decide():
                     return
                 continue
+            if is_under_way and request.saved is not None:
+                return
             has_rows = seats.has_rows_for(request, self.limits.decode_rows)
             if self._waits_behind(request) or not has_rows or not self._seat(seats, request):
                 return
@@ -478,6 +509,11 @@ def _block(key: LaneKey) -> int:
 
 def _pages_of(num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size)
+
+
+def _unbegin_fresh(seats: Seats) -> None:
+    for request in [request for request in seats.requests if seats.is_fresh[request.seat]]:
+        seats.unbegin(request)
 
 
 def _youngest_first(requests: "Iterator[Request] | list[Request]") -> list[Request]:

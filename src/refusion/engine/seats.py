@@ -69,6 +69,8 @@ class Seats:
         self.has_listeners = np.zeros(num_seats, dtype=bool)
         self.num_missing = np.zeros(num_seats, dtype=np.int32)  # tokens of the answer that are not final yet
         self.num_forwards = 0  # so far
+        self.left: list[Request] = []  # have ended and hold nothing; their seats can be taken
+        self._took_part: deque[np.ndarray] = deque()  # [seats then] bool, of every forward under way
         self._by_seat = (
             self.reports, self.line, self.first_room, self.most_cached, self.room, self.is_decoding, self.is_fresh, self.has_listeners,
             self.num_missing,
@@ -83,13 +85,18 @@ class Seats:
         return bool(self.requests) or self.next_waiting() is not None
 
     @property
+    def num_present(self) -> int:
+        """Seats that cannot be taken."""
+        return len(self.requests) - len(self.left)
+
+    @property
     def is_full(self) -> bool:
-        return len(self.requests) >= self.num_seats
+        return self.num_present >= self.num_seats
 
     @property
     def num_prefilling(self) -> int:
         """Requests on seats whose prompt is not whole yet."""
-        return len(self.requests) - int(np.count_nonzero(self.is_decoding[: len(self.requests)]))
+        return self.num_present - int(np.count_nonzero(self.is_decoding[: len(self.requests)]))
 
     def prefilling(self) -> list[Request]:
         """Requests on seats whose prompt is not whole yet, by seat."""
@@ -116,8 +123,15 @@ class Seats:
     def seat_next(self, runner: Runner, pages: list[int]) -> Request:
         """Give the first in the queue a seat with these pages, and all it had if it was preempted."""
         _, request = heapq.heappop(self.waiting)
-        seat = request.seat = len(self.requests)
-        self.requests.append(request)
+        if self.left:
+            gone = self.left.pop()
+            seat, gone.seat = gone.seat, -1
+            self._free_lines.append(int(self.line[seat]))
+            self.requests[seat] = request
+        else:
+            seat = len(self.requests)
+            self.requests.append(request)
+        request.seat = seat
         request.pages = pages
         request.seated_at = request.seated_at or time.perf_counter()
         self.room[seat] = len(pages) * runner.page_size
@@ -164,9 +178,10 @@ class Seats:
         request.state = State.PREFILLING
 
     def launched(self) -> None:
-        """All that decode take part in the forward under way."""
+        """All that decode take part in the forward just launched."""
         self.num_forwards += 1
         self.is_fresh[: len(self.requests)] = False
+        self._took_part.append(self.is_decoding[: len(self.requests)].copy())
 
     def add_pages(self, request: Request, pages: list[int], page_size: int) -> None:
         """More room for its tokens."""
@@ -208,26 +223,32 @@ class Seats:
         Those who sit `can_go_on`.
         """
         count = len(self.requests)
-        is_decoding = self.is_decoding[:count]
+        is_fresh, is_decoding = self.is_fresh[:count], self.is_decoding[:count]
         if self.key.diffusion is not None:
             repeats = isinstance(self.key.diffusion, MaskedDiffusionParams) and self._can_repeat_masked(count)
             return num_rows if repeats else None
         if self.demand is not None:
-            reports = self.reports[:count] if is_decoding.all() else self.reports[:count][is_decoding]
-            will_end = self.demand.will_end(reports, self._eos_ids)
-            return None if will_end else max(self.demand.most_next(reports, candidates), 1)
-        goes_on = is_decoding & (self.most_cached[:count] > self.cached[:count] + 1)
+            old = is_decoding & ~is_fresh
+            reports = self.reports[:count] if old.all() else self.reports[:count][old]
+            new_rows = self.demand.total(self.reports[:count][is_fresh], candidates) if is_fresh.any() else 0
+            will_end = new_rows == 0 and self.demand.will_end(reports, self._eos_ids)
+            return None if will_end else max(self.demand.most_next(reports, candidates) + new_rows, 1)
+        goes_on = is_fresh | (is_decoding & (self.most_cached[:count] > self.cached[:count] + 1))
         return num_rows if goes_on.any() else None
 
     def rows_behind(self, report: np.ndarray, candidates: int) -> int | None:
-        """Rows of the forward that follows the one of which this is the report [B, R]; None if it ended somebody.
+        """Rows of the forward that follows the one of which this is the report [B, R]; None if it ended somebody and nobody joins.
 
         Those who sit `can_go_on`.
         """
-        report = report[: len(self.requests)]
-        if (report[:, IS_DONE] > self.reports[: len(report), IS_DONE]).any():
-            return None
-        return self._num_rows(report, candidates)
+        took_part = self._took_part[0]
+        count = len(took_part)
+        has_ended = ((report[:count, IS_DONE] != 0) & took_part & self.is_decoding[:count]).any()
+        if not self.is_fresh[: len(self.requests)].any():
+            return None if has_ended else self._num_rows(report[:count], candidates)
+        reports = self.reports[: len(self.requests)].copy()
+        reports[:count][took_part] = report[:count][took_part]
+        return self._num_rows(reports, candidates)
 
     def _can_repeat_masked(self, count: int) -> bool:
         """Without a cache, a forward of masked diffusion runs prompt and answer whatever the one before it brought."""
@@ -244,9 +265,10 @@ class Seats:
 
     def glance(self, report: np.ndarray) -> Glance:
         """What the next forward depends on, from the report [B, R] of the last one; `book` does the rest."""
-        count = len(self.requests)
+        took_part = self._took_part.popleft()
+        count = len(took_part)  # others may have joined since
+        took_part &= self.is_decoding[:count]  # who ended in the forward before has been told
         report = report[:count]
-        took_part = self.is_decoding[:count].copy()
         before = self.reports[:count].copy()
         new = num_committed(self.lane.rounds, report)
         is_done = took_part & (report[:, IS_DONE] != 0)
@@ -262,7 +284,7 @@ class Seats:
         self.num_missing[:count] -= new
         self.is_decoding[:count] &= ~is_done
         self._unbooked = Glance(
-            self, time.perf_counter(), self.requests.copy(), self.line[:count].copy(), took_part, is_done, before, report, int(new.sum())
+            self, time.perf_counter(), self.requests[:count], self.line[:count].copy(), took_part, is_done, before, report, int(new.sum())
         )
         return self._unbooked
 
@@ -286,8 +308,24 @@ class Seats:
             assert self.demand is not None, "slots have both"
             self.experience.learn(self.demand, glance.before, glance.report, glance.took_part, glance.num_tokens)
 
+    def give_up(self, request: Request) -> list[int]:
+        """Whoever has ended writes no more and lets its seat to the next, while forwards are under way. Returns its pages."""
+        seat = request.seat
+        self.left.append(request)
+        self.lane.retire(seat)
+        self._set_phase_done(seat)
+        self.lane.set_cached(seat, 0)
+        self.is_decoding[seat] = False
+        self.room[seat] = 0
+        for took_part in self._took_part:
+            took_part[seat : seat + 1] = False
+        pages, request.pages = request.pages, []
+        return pages
+
     def leave(self, request: Request) -> list[int]:
         """Take a request from its seat; the last one moves to it. Returns its pages, which it no longer has."""
+        if request in self.left:
+            self.left.remove(request)
         seat, last = request.seat, len(self.requests) - 1
         self._free_lines.append(int(self.line[seat]))
         if seat != last:
@@ -306,6 +344,8 @@ class Seats:
         self.lane.clear()
         self._free_lines.extend(self.line[: len(self.requests)].tolist())
         self.requests.clear()
+        self.left.clear()
+        self._took_part.clear()
         self.waiting.clear()
         self.is_decoding[:] = self.is_fresh[:] = False
         self._unbooked = None
