@@ -224,7 +224,7 @@ class Scheduler:
         return num_rows if num_rows is not None and num_rows <= self.limits.decode_rows else None
 
     def rows_behind(self, forward: Forward, report: np.ndarray) -> tuple[int, int, bool] | None:
-        """Lengths, decode rows and `leads` of what follows a report [B, R]; None if it ended somebody, or rows do not suffice.
+        """Lengths, decode rows and `leads` of what follows a report [B, R]; None if nobody is left, or rows do not suffice.
 
         The forward is one that `goes_on`, or that `join` made.
         """

@@ -237,15 +237,15 @@ class Seats:
         return num_rows if goes_on.any() else None
 
     def rows_behind(self, report: np.ndarray, candidates: int) -> int | None:
-        """Rows of the forward that follows the one of which this is the report [B, R]; None if it ended somebody and nobody joins.
+        """Rows of the forward that follows the one of which this is the report [B, R]; None if nobody is left for it.
 
         Those who sit `can_go_on`.
         """
-        took_part = self._took_part[0]
-        count = len(took_part)
-        has_ended = ((report[:count, IS_DONE] != 0) & took_part & self.is_decoding[:count]).any()
-        if not self.is_fresh[: len(self.requests)].any():
-            return None if has_ended else self._num_rows(report[:count], candidates)
+        count, took_part = len(self._took_part[0]), self._took_part[0]
+        is_fresh = self.is_fresh[: len(self.requests)].any()
+        goes_on = took_part & self.is_decoding[:count] & (report[:count, IS_DONE] == 0)
+        if not is_fresh:
+            return self._num_rows(report[:count], candidates) if goes_on.any() else None
         reports = self.reports[: len(self.requests)].copy()
         reports[:count][took_part] = report[:count][took_part]
         return self._num_rows(reports, candidates)
