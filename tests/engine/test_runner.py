@@ -219,7 +219,7 @@ def test_a_few_empty_seats_hold_nobody_up_for_a_while(new_engine: NewEngine) -> 
         engine.add(new_request([7, 8, index], answers, index=index, decoder="autoregressive", eos_ids=(999,), max_tokens=40))
     engine.step()
     count = counted_launches(engine)
-    engine.add(new_request([9], answers, index=3, decoder="autoregressive", eos_ids=(999,), max_tokens=4))
+    engine.add(new_request([9, 10], answers, index=3, decoder="autoregressive", eos_ids=(999,), max_tokens=4))
     for _ in range(MOST_PASSED):
         engine.step()
     prompts = []
