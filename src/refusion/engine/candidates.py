@@ -16,7 +16,7 @@ from refusion.engine.sliding import AnyExperience, SlidingExperience
 
 PADDING = 1.15
 """Rows of a forward of several seats over those that are needed: shapes are few."""
-HOST_SECONDS = 2.5e-4
+HOST_SECONDS = 1.5e-4
 """Between the report of a forward and the launch of the next, which a forward that is launched ahead does not wait for."""
 GAIN = 1.05
 """Another number than the one in use must make decoding so much faster."""

@@ -18,6 +18,7 @@ from refusion.decoding.diffusion_rounds import DiffusionRounds
 from refusion.decoding.rounds import IS_DONE
 from refusion.decoding.sliding_rounds import SlidingRounds
 from refusion.engine.commits import commits, num_committed
+from refusion.engine.experience import LAST_WEIGHT
 from refusion.engine.lanes import Lane, LaneKey
 from refusion.engine.requests import GAP, Request, Saved, State, cache_room, diffusion_rows, first_room
 from refusion.engine.runner import Runner
@@ -301,10 +302,10 @@ class Seats:
             request.first_token_at = request.first_token_at or glance.at
 
     def learn(self, glance: Glance) -> None:
-        """Remember what slots took and brought; of many requests a part of the forwards says enough."""
+        """Remember what slots took and brought; once much is known, every fourth forward says enough."""
         if self.experience is None:
             return
-        if len(glance.requests) <= 8 or self.num_forwards % 4 == 0:
+        if self.experience.weight < LAST_WEIGHT or self.num_forwards % 4 == 0:
             assert self.demand is not None, "slots have both"
             self.experience.learn(self.demand, glance.before, glance.report, glance.took_part, glance.num_tokens)
 
