@@ -17,7 +17,7 @@ from refusion.engine.sliding import AnyExperience, SlidingExperience
 PADDING = 1.15
 """Rows of a forward of several seats over those that are needed: shapes are few."""
 HOST_SECONDS = 1.5e-4
-"""Between the report of a forward and the launch of the next, which a forward that is launched ahead does not wait for."""
+"""Between the report of a forward and the start of the next, which one that is launched ahead does not wait for (docs/engine.md)."""
 GAIN = 1.05
 """Another number than the one in use must make decoding so much faster."""
 
