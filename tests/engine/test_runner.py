@@ -12,7 +12,7 @@ from refusion.decoding.autoregressive_rounds import AutoregressiveRounds
 from refusion.decoding.params import SlotSettings
 from refusion.engine.build import moved_network
 from refusion.engine.candidates import Candidates
-from refusion.engine.changes import QueuedTable
+from refusion.engine.changes import QueuedTable, SeatNumbers
 from refusion.engine.commits import Demand, commits
 from refusion.engine.core import Engine
 from refusion.engine.costs import CostTable
@@ -71,6 +71,34 @@ def test_seats_can_be_exchanged_saved_and_restored() -> None:
     queued.forget()
     queued.apply()
     assert queued.values[0].tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("changed", [[1], [0, 39], list(range(3, 38))], ids=["one", "two", "many"])
+def test_only_seats_that_change_are_written(changed: list[int]) -> None:
+    """The device knows more of the others than the host: a forward is under way."""
+    cached, pages = torch.arange(100, 140, dtype=torch.int32), torch.arange(80, dtype=torch.int32).view(40, 2)
+    expected, expected_pages = cached.clone(), pages.clone()
+    numbers = SeatNumbers(cached, pages)
+    for seat in changed:
+        numbers.cached[seat], numbers.page_table[seat] = seat, (-seat, -1)
+        expected[seat], expected_pages[seat] = seat, torch.tensor([-seat, -1])
+    numbers.changed.update(changed)
+    for _ in range(2):  # the second time there is nothing left
+        numbers.apply()
+        assert cached.tolist() == expected.tolist()
+        assert pages.tolist() == expected_pages.tolist()
+        cached[changed[0]] = expected[changed[0]] = 7
+
+
+def test_making_changes_ready_changes_nothing() -> None:
+    queued, _ = table()
+    numbers = SeatNumbers(torch.zeros(3, dtype=torch.int32), torch.zeros(3, 2, dtype=torch.int32))
+    before = queued.values.tolist()
+    queued.warm()
+    numbers.warm()
+    assert queued.values.tolist() == before
+    assert not numbers._cached.any()
+    assert not numbers._page_table.any()
 
 
 def test_rows_that_did_not_fit_are_an_error() -> None:

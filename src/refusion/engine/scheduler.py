@@ -18,6 +18,7 @@ from refusion.engine.auto import ChooseDecoder
 from refusion.engine.candidates import Candidates
 from refusion.engine.lanes import LaneKey
 from refusion.engine.pages import PagePool
+from refusion.engine.prefill import Piece, pieces_of, prompt_rows
 from refusion.engine.prefix import PrefixCache
 from refusion.engine.requests import NewRequest, Request, State, cache_room, diffusion_rows, first_room, lane_key
 from refusion.engine.runner import PromptRows, Runner
@@ -46,15 +47,6 @@ class Limits:
     num_seats: int
     prompt_rows: int
     decode_rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Prompt tokens [first, end) of a request that join the cache in a forward."""
-
-    request: Request
-    first: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,7 +438,7 @@ class Scheduler:
             num_seats=min(seat_bucket(len(seats)), self.limits.num_seats),
             num_rows=num_rows,
             candidates=candidates,
-            prompt=self._prompt_rows(pieces) if pieces else None,
+            prompt=prompt_rows(pieces, self.runner.page_size) if pieces else None,
             pieces=pieces,
             leads=leads,
         )
@@ -466,40 +458,13 @@ class Scheduler:
 
     def _prefill(self, seats: Seats) -> list[Piece]:
         """The prompt tokens of the forward; those whose prompt is whole by then take part."""
-        pieces = list(self._pieces(seats))
+        most = self.limits.prompt_rows
+        pieces = list(pieces_of(seats.prefilling(), most, whole_rows=most if self.batch_invariant else 1))
         to_come = {piece.request: piece.end for piece in pieces}
         for request in seats.prefilling():
             if to_come.get(request, request.num_prefilled) == len(request.prefill_ids):
                 seats.begin(request)
         return pieces
-
-    def _pieces(self, seats: Seats) -> Iterator[Piece]:
-        """The next prompt tokens of those who came first."""
-        left = self.limits.prompt_rows
-        for request in sorted(seats.prefilling(), key=lambda request: request.arrival):
-            missing = len(request.prefill_ids) - request.num_prefilled
-            if missing > 0 and left > 0:
-                count = min(missing, left)
-                if self.batch_invariant and count < min(missing, self.limits.prompt_rows):
-                    return  # a piece is cut off for want of rows only where it would be in a forward of its own
-                left -= count
-                yield Piece(request, request.num_prefilled, request.num_prefilled + count)
-
-    def _prompt_rows(self, pieces: list[Piece]) -> PromptRows:
-        page_size = self.runner.page_size
-        pieces = sorted(pieces, key=lambda piece: piece.request.seat)
-        positions = np.concatenate([np.arange(piece.first, piece.end, dtype=np.int32) for piece in pieces])
-        pages = np.concatenate(
-            [np.array(piece.request.pages, dtype=np.int32)[np.arange(piece.first, piece.end) // page_size] for piece in pieces]
-        )
-        ends = np.cumsum([piece.end - piece.first for piece in pieces]).tolist()
-        starts = [0, *ends[:-1]]
-        return PromptRows(
-            token_ids=np.concatenate([piece.request.prompt_ids[piece.first : piece.end] for piece in pieces]),
-            positions=positions,
-            targets=pages * page_size + positions % page_size,
-            spans=[(piece.request.seat, start, end) for piece, start, end in zip(pieces, starts, ends, strict=True)],
-        )
 
 
 def _block(key: LaneKey) -> int:
