@@ -15,6 +15,7 @@ from refusion.engine.build import moved_network
 from refusion.engine.core import Engine
 from refusion.engine.costs import CostTable
 from refusion.engine.ops import PlainOps
+from refusion.engine.runner import Pending
 from refusion.errors import CheckpointError, ConfigError, RequestError
 from refusion.llm import EngineSettings, GenerationFailed, GenerationInterrupted, Prompt, RequestOutput
 from refusion.model.quantize import QuantizedWeight, quantize
@@ -351,6 +352,26 @@ def test_ctrl_c_keeps_what_is_finished(llm: LLM, decoder: str, monkeypatch: pyte
     assert all(output.token_ids == expected[index % len(PROMPTS)].token_ids for index, output in outputs.items())
     assert not llm.engine.has_work
     assert tokens(llm.generate(PROMPTS, sampling, SLOTS, decoder)) == tokens(expected)  # and it can be used again
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_ctrl_c_in_a_stream_leaves_an_engine_that_answers_rightly(llm: LLM, decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes while a report is waited for, and on a GPU the next forward is under way by then."""
+    monkeypatch.setattr(llm.engine.runner, "runs_ahead", True)
+    sampling, waits, wait = SamplingParams(max_tokens=12), iter(range(99)), Pending.wait
+    expected = llm.generate(PROMPTS, sampling, SLOTS, decoder)
+
+    def interrupted_wait(self: Pending) -> Any:
+        if next(waits) == 2:
+            raise KeyboardInterrupt
+        return wait(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pending, "wait", interrupted_wait)
+        with pytest.raises(KeyboardInterrupt):
+            list(llm.stream(PROMPTS[0], sampling, SLOTS, decoder))
+    assert not llm.engine.has_work
+    assert tokens(llm.generate(PROMPTS, sampling, SLOTS, decoder)) == tokens(expected)
 
 
 def test_a_fault_under_way_leaves_a_usable_engine(llm: LLM) -> None:

@@ -312,7 +312,7 @@ class LLM:
         request = self.engine.add(replace(new, on_event=lambda event: texts.append(stream.push(event)), on_answer=answers.append))
         try:
             while not answers:
-                self.engine.step()
+                self._step()
                 while texts:
                     if text := texts.popleft():
                         yield text
@@ -320,6 +320,15 @@ class LLM:
             self.engine.abort(request)
         if answers[0].error is not None:
             raise answers[0].error
+
+    def _step(self) -> None:
+        """A step of the engine. What breaks it off ends all requests that are open, for nobody knows how far it came."""
+        try:
+            self.engine.step()
+        except BaseException as error:
+            reason = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
+            self.engine.reset(RequestError(f"the engine {reason}"))
+            raise
 
     def forward_fn(self) -> ForwardFn:
         """The network as decoders see it, never emitting the mask token, other specials than EOS, or rows past the tokenizer.

@@ -131,7 +131,7 @@ def check(engine: Engine) -> None:
     content: dict[int, bytes] = {}
     for request in seated:
         if request.state is State.FINISHED:
-            continue  # leaves before the next forward
+            continue  # has ended, and leaves when its seat is wanted or a forward is scheduled
         for index, page in enumerate(request.pages):
             tokens = request.prefill_ids[: (index + 1) * page_size]
             is_whole = len(tokens) == (index + 1) * page_size

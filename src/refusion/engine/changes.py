@@ -5,6 +5,7 @@ Only the seats that change are written: what the device knows of the others may 
 
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,19 +22,22 @@ SIZES = (2, 8, 32, 128, 512)
 
 
 class Upload:
-    """Lines of numbers for the device, staged on the host. On a GPU all that is done with them there is one graph launch."""
+    """Lines of numbers for the device, staged on the host. On a GPU all that is done with them there is one graph launch.
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, put: Callable[[Tensor], None]) -> None:
-        """shape: most changes, and numbers of each. put: called with the changes on the device; the last ones may be there repeatedly."""
-        self._put, self._is_cuda = put, device.type == "cuda"
+    What is done is `put`, always the same: it is called with the changes on the device, the last one of which may be there repeatedly.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, pool: Any = None) -> None:
+        """shape: most changes, and numbers of each. pool: memory of graphs, which those of one lane share."""
+        self._pool, self._is_cuda = pool, device.type == "cuda"
         self._staging = torch.zeros(shape, dtype=dtype, pin_memory=self._is_cuda)
         self._sent = torch.zeros_like(self._staging, device=device)
         self.lines = self._staging.numpy()
         """Where changes are written, from the first line on."""
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # by number of changes; None: has run once
 
-    def send(self, count: int) -> None:
-        """Bring the first lines to the device. What was sent before must have arrived."""
+    def send(self, count: int, put: Callable[[Tensor], None]) -> None:
+        """Bring the first lines to the device. What was sent before must have arrived, or have been the same."""
         place, most = bisect_left(SIZES, count), len(self.lines)
         size = min(SIZES[place], most) if place < len(SIZES) else most
         self.lines[count:size] = self.lines[count - 1]
@@ -41,36 +45,37 @@ class Upload:
         if graph is not None:
             graph.replay()
         elif self._is_cuda and size in self._graphs:
-            graph = self._graphs[size] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._run(size)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._run(size, put)
+            self._graphs[size] = graph
             graph.replay()
         else:
-            self._run(size)
+            self._run(size, put)
             self._graphs[size] = None
 
-    def warm(self, unchanged: np.ndarray) -> None:
+    def warm(self, unchanged: np.ndarray, put: Callable[[Tensor], None]) -> None:
         """Make all sizes ready, with a change that changes nothing."""
         for size in (*(size for size in SIZES if size < len(self.lines)), len(self.lines)):
             for _ in range(2):
                 self.lines[:size] = unchanged
-                self.send(size)
+                self.send(size, put)
 
-    def _run(self, size: int) -> None:
+    def _run(self, size: int, put: Callable[[Tensor], None]) -> None:
         changes = self._sent[:size]
         changes.copy_(self._staging[:size], non_blocking=True)
-        self._put(changes)
+        put(changes)
 
 
 class QueuedTable(SeatTable):
     """The same table, whose changes wait for `apply`."""
 
-    def __init__(self, table: SeatTable) -> None:
-        """Takes the place of `table` and shares its memory."""
+    def __init__(self, table: SeatTable, pool: Any = None) -> None:
+        """Takes the place of `table` and shares its memory. pool: see `Upload`."""
         self.columns, self.device, self.first, self.values = table.columns, table.device, table.first, table.values
         num_seats, num_columns = self.values.shape
         self._queue: dict[int, tuple[int, list[int]]] = {}  # seat -> (seat whose line it gets, its first columns)
-        self._upload = Upload((num_seats, LINE + num_columns), torch.int64, self.device, self._put)
+        self._upload = Upload((num_seats, LINE + num_columns), torch.int64, self.device, pool)
         self._place = torch.arange(num_columns, device=self.device)
 
     def write(self, seat: int, values: dict[str, int | list[int]]) -> None:
@@ -102,13 +107,13 @@ class QueuedTable(SeatTable):
             return
         for change, (seat, (source, line)) in zip(self._upload.lines, self._queue.items(), strict=False):
             change[: LINE + len(line)] = [seat, source, len(line), *line]
-        self._upload.send(len(self._queue))
+        self._upload.send(len(self._queue), self._put)
         self._queue.clear()
 
     def warm(self) -> None:
         """Make changes of any size ready; there must be none, and nothing under way."""
         assert not self._queue, "changes wait to be applied"
-        self._upload.warm(np.zeros(LINE + len(self._place), dtype=np.int64))  # the line of seat 0 for seat 0, and nothing new
+        self._upload.warm(np.zeros(LINE + len(self._place), dtype=np.int64), self._put)  # for seat 0 its own line
 
     def _put(self, changes: Tensor) -> None:
         lines = self.values.index_select(0, changes[:, SOURCE])  # [N, X], read before any line is written
@@ -119,8 +124,8 @@ class QueuedTable(SeatTable):
 class SeatNumbers:
     """Per seat, how many tokens are committed and which pages hold them: the host's copy, changes of which wait for `apply`."""
 
-    def __init__(self, cached: Tensor, page_table: Tensor) -> None:
-        """cached [B] and page_table [B, M] on the device."""
+    def __init__(self, cached: Tensor, page_table: Tensor, pool: Any = None) -> None:
+        """cached [B] and page_table [B, M] on the device. pool: see `Upload`."""
         num_seats, num_pages = page_table.shape
         self._cached, self._page_table = cached, page_table
         self.cached = np.zeros(num_seats, dtype=np.int32)
@@ -129,7 +134,7 @@ class SeatNumbers:
         """[B, M]"""
         self.changed: set[int] = set()
         """Seats of which the device is to be told."""
-        self._upload = Upload((num_seats, 2 + num_pages), torch.int32, cached.device, self._put)
+        self._upload = Upload((num_seats, 2 + num_pages), torch.int32, cached.device, pool)
 
     def apply(self) -> None:
         """Bring all changes to the device. What was uploaded before must have arrived."""
@@ -137,13 +142,13 @@ class SeatNumbers:
             return
         seats, lines = list(self.changed), self._upload.lines[: len(self.changed)]
         lines[:, 0], lines[:, 1], lines[:, 2:] = seats, self.cached[seats], self.page_table[seats]
-        self._upload.send(len(seats))
+        self._upload.send(len(seats), self._put)
         self.changed.clear()
 
     def warm(self) -> None:
         """Make changes of any size ready; there must be none, and nothing under way."""
         assert not self.changed, "changes wait to be applied"
-        self._upload.warm(np.array([0, self.cached[0], *self.page_table[0]], dtype=np.int32))
+        self._upload.warm(np.array([0, self.cached[0], *self.page_table[0]], dtype=np.int32), self._put)
 
     def _put(self, changes: Tensor) -> None:
         seats = changes[:, 0].long()

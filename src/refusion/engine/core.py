@@ -46,7 +46,7 @@ class Engine:
         )
         self._under_way: tuple[Forward, Pending] | None = None
         self._unbooked: tuple[Glance, list[int]] | None = None  # and the seats of which something is to be told
-        self._unlearned: Glance | None = None
+        self._unlearned: Glance | None = None  # booked, but experience does not know of it yet
         self._news: deque[News] = deque()
         self._num_arrived = 0
 
@@ -73,7 +73,7 @@ class Engine:
         self._news = deque(news for news in self._news if news.request is not request)
 
     def step(self) -> None:
-        """One forward further. What a callback raises comes out of here, and the engine can go on."""
+        """One forward further. What a callback raises comes out of here, and the engine can go on; after anything else, `reset` it."""
         if self._under_way is not None:
             forward, pending = self._under_way
             following, report = self._follow(forward, pending)
@@ -116,6 +116,7 @@ class Engine:
             self._book()
             for news in self._news:
                 if news.is_done:
+                    self.scheduler.remove(news.request)
                     news.request.new.on_answer(_answer(news.request, final_tokens(news.written, news.request.new)))
         self._unbooked = self._unlearned = None
         self._news.clear()
@@ -168,10 +169,10 @@ class Engine:
         told: list[int] = []
         if is_told.any():
             told = [seat for seat in np.flatnonzero(is_told).tolist() if glance.requests[seat].state is not State.FINISHED]
-            for seat in told:
-                if glance.is_done[seat]:
-                    self.scheduler.remove(glance.requests[seat])
-        self._unbooked = glance, told
+        self._unbooked = glance, told  # before anybody is removed: what is interrupted from here on is still told by `reset`
+        for seat in told:
+            if glance.is_done[seat]:
+                self.scheduler.remove(glance.requests[seat])
 
     def _book(self) -> None:
         """Write down what the last forward brought, and what there is to tell of it."""

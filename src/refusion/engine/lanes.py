@@ -61,8 +61,9 @@ class Lane:
         device: torch.device,
     ) -> None:
         self.key, self.rounds = key, rounds
-        self.table = rounds.table = QueuedTable(rounds.table)
         is_cuda = device.type == "cuda"
+        pool = torch.cuda.graph_pool_handle() if is_cuda else None
+        self.table = rounds.table = QueuedTable(rounds.table, pool)
         self.bounds = torch.zeros(5, num_seats, dtype=torch.int32, device=device)
         page_table = torch.zeros(num_seats, pages_per_seat, dtype=torch.int32, device=device)
         cached, prompt_start, prompt_end, row_start, row_end = self.bounds
@@ -72,7 +73,7 @@ class Lane:
         self._sampling_staging = torch.ones(2, num_seats, pin_memory=is_cuda)
         self.sampling_host = self._sampling_staging.numpy()
         self.has_new_sampling = False
-        self._numbers = SeatNumbers(cached, page_table)
+        self._numbers = SeatNumbers(cached, page_table, pool)
         self.cached_host, self.page_table_host = self._numbers.cached, self._numbers.page_table
         # Two, since a forward may be launched before the report of the last one is read.
         self._reports = torch.zeros(2, num_seats, rounds.report_width, dtype=torch.int32, pin_memory=is_cuda)

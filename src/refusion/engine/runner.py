@@ -114,7 +114,7 @@ class Runner:
         self._prompt_staging = torch.zeros(num_staged, dtype=torch.int32, pin_memory=self.is_cuda)
         self._prompt_staged = torch.zeros(num_staged, dtype=torch.int32, device=self.device)
         self.runs_ahead = self.is_cuda
-        """Whether a forward may be launched before the report of the last one is read."""
+        """Whether a forward may be launched before the report of the last one is read, or before all that follows from it is done."""
         self.num_first_runs = 0
         """Forwards so far that were no replays of a graph; beside a replay, the others are slow."""
         self.graph_memory = None
@@ -166,20 +166,25 @@ class Runner:
     def launch_again(
         self, lane: Lane, *, num_seats: int, num_rows: int, prompt: PromptRows | None, candidates: int, uploads: bool
     ) -> Pending | None:
-        """One forward more behind the one under way; None if its shape is not ready.
+        """One forward more behind the one under way; None if its shape is not ready, or memory does not suffice for what is uploaded.
 
-        Whatever the report says, `num_rows` must suffice. uploads: changes of seats first; what was uploaded before must have arrived.
+        `num_rows` must suffice, whatever a report says that is not there yet. uploads: changes of seats first; what was uploaded before
+        must have arrived.
         """
         num_prompt_rows = 0 if prompt is None else len(prompt.token_ids)
         shape = self.shape(lane, num_seats, num_rows, num_prompt_rows, candidates, _longest(lane, num_seats))
         captured = lane.captured.get(shape)
         if shape.num_prompt_rows + shape.num_rows > self.max_rows or (self.is_cuda and (captured is None or captured.graph is None)):
             return None
-        if uploads:
-            lane.upload()
-        if prompt is not None:
-            self._write_prompt(shape, prompt)
-        return self._launch(lane, shape)
+        try:
+            if uploads:
+                lane.upload()
+            if prompt is not None:
+                self._write_prompt(shape, prompt)
+            return self._launch(lane, shape)
+        except torch.OutOfMemoryError:
+            self.synchronize()
+            return None
 
     def warm(self, lane: Lane, shapes: Iterable[Shape]) -> None:
         """Make shapes ready: compile them together, then run each twice and so capture it. All seats must be retired: nothing changes.

@@ -62,7 +62,7 @@ class Forward:
     leads: bool = True
     """Whether the next forward should be launched before the report of this one is there, if it can be."""
     brings: bool = True
-    """Whether something was uploaded for it. While it is under way, nothing more may be."""
+    """Whether something may have been uploaded for it. While it is under way, nothing more may be."""
 
 
 class Scheduler:
@@ -129,7 +129,7 @@ class Scheduler:
             self._enter_lane(request, request.new.decoder)
 
     def remove(self, request: Request) -> None:
-        """The request is over, finished or not; its pages are free at the next `schedule`."""
+        """The request is over, finished or not; its pages are free at the next `schedule` or `join`."""
         if request.state is not State.FINISHED:
             self.num_open -= 1
             request.state, request.saved = State.FINISHED, None
@@ -220,11 +220,9 @@ class Scheduler:
 
         The forward is one that `goes_on`, or that `join` made.
         """
-        seats, candidates, leads = forward.seats, forward.candidates, forward.leads
-        if seats.experience is not None:
-            candidates, leads = self.candidates.choose(seats.experience, len(seats))
-        num_rows = seats.rows_behind(report, candidates)
-        return None if num_rows is None or num_rows > self.limits.decode_rows else (candidates, num_rows, leads)
+        reports = forward.seats.reports_behind(report)
+        rows = None if reports is None else self._rows(forward.seats, reports)
+        return rows if rows is not None and rows[1] <= self.limits.decode_rows else None
 
     def failed(self, forward: Forward) -> bool:
         """Memory did not suffice for the forward, which changed nothing: make the next one smaller. False if it cannot be."""
@@ -432,7 +430,7 @@ class Scheduler:
         if not seats.requests:
             return None
         pieces = self._prefill(seats) if seats.num_prefilling else []
-        candidates, num_rows, leads = self._rows(seats)
+        candidates, num_rows, leads = self._rows(seats, seats.reports[: len(seats)])
         return Forward(
             seats=seats,
             num_seats=min(seat_bucket(len(seats)), self.limits.num_seats),
@@ -443,18 +441,18 @@ class Scheduler:
             leads=leads,
         )
 
-    def _rows(self, seats: Seats) -> tuple[int, int, bool]:
+    def _rows(self, seats: Seats, reports: np.ndarray) -> tuple[int, int, bool]:
         """For how many accepted lengths drafts are prepared, the decode rows, `Forward.leads`; fewer lengths if they do not fit."""
         if seats.experience is None:
-            return 0, seats.num_rows(0), True
+            return 0, seats.num_rows(reports, 0), True
         chosen, leads = self.candidates.choose(seats.experience, len(seats))
-        num_rows = seats.num_rows(chosen)
+        num_rows = seats.num_rows(reports, chosen)
         if num_rows <= self.limits.decode_rows:
             return chosen, num_rows, leads
         for candidates in seats.experience.ladder:
-            if candidates < chosen and (num_rows := seats.num_rows(candidates)) <= self.limits.decode_rows:
+            if candidates < chosen and (num_rows := seats.num_rows(reports, candidates)) <= self.limits.decode_rows:
                 return candidates, num_rows, False
-        return 0, seats.num_rows(0), False
+        return 0, seats.num_rows(reports, 0), False
 
     def _prefill(self, seats: Seats) -> list[Piece]:
         """The prompt tokens of the forward; those whose prompt is whole by then take part."""

@@ -1,5 +1,7 @@
 """The host's view of a lane: who sits where, how far each is, and what is written. Requests on seats are always 0 .. n-1.
 
+Some of them may have ended: they leave when the next forward is scheduled, or let a newcomer have their seat while one is under way.
+
 Everything the host needs at every forward is an array over seats, so that a forward in which nobody comes or goes costs a few array
 operations whatever the number of seats. Of a report, only what the next forward needs is read at once (`glance`); the rest is booked
 while the device computes (`book`).
@@ -61,7 +63,7 @@ class Seats:
         # Twice as many lines as seats, the one left longest ago first: an answer can still be booked when its seat is taken again.
         self._free_lines = deque(range(2 * num_seats))
         self.cached = lane.cached_host
-        """[B] committed tokens; between two forwards the device has the same."""
+        """[B] committed tokens, as far as reports have said; the device is ahead by the forwards under way."""
         self.first_room = np.zeros(num_seats, dtype=np.int32)  # tokens that there is room for from the start
         self.most_cached = np.zeros(num_seats, dtype=np.int32)  # prompt and all of the answer
         self.room = np.zeros(num_seats, dtype=np.int32)  # tokens that fit the pages
@@ -96,7 +98,7 @@ class Seats:
 
     @property
     def num_prefilling(self) -> int:
-        """Requests on seats whose prompt is not whole yet."""
+        """Requests on seats whose prompt is not whole yet, at most: those who have just ended count too."""
         return self.num_present - int(np.count_nonzero(self.is_decoding[: len(self.requests)]))
 
     def prefilling(self) -> list[Request]:
@@ -190,11 +192,8 @@ class Seats:
         request.pages += pages
         self.room[request.seat] = len(request.pages) * page_size
 
-    def num_rows(self, candidates: int) -> int:
-        """Decode rows of the forward to come."""
-        return self._num_rows(self.reports[: len(self.requests)], candidates)
-
-    def _num_rows(self, reports: np.ndarray, candidates: int) -> int:
+    def num_rows(self, reports: np.ndarray, candidates: int) -> int:
+        """Decode rows of the forward that follows these reports [B, R]."""
         if isinstance(self.lane.rounds, DiffusionRounds):
             return int(reports[:, NEXT_ROWS].sum())
         if self.demand is None:
@@ -237,8 +236,8 @@ class Seats:
         goes_on = is_fresh | (is_decoding & (self.most_cached[:count] > self.cached[:count] + 1))
         return num_rows if goes_on.any() else None
 
-    def rows_behind(self, report: np.ndarray, candidates: int) -> int | None:
-        """Rows of the forward that follows the one of which this is the report [B, R]; None if nobody is left for it.
+    def reports_behind(self, report: np.ndarray) -> np.ndarray | None:
+        """The reports [B, R] of all who sit once this one of the forward under way is taken in; None if nobody is left.
 
         Those who sit `can_go_on`.
         """
@@ -246,10 +245,10 @@ class Seats:
         is_fresh = self.is_fresh[: len(self.requests)].any()
         goes_on = took_part & self.is_decoding[:count] & (report[:count, IS_DONE] == 0)
         if not is_fresh:
-            return self._num_rows(report[:count], candidates) if goes_on.any() else None
+            return report[:count] if goes_on.any() else None
         reports = self.reports[: len(self.requests)].copy()
         reports[:count][took_part] = report[:count][took_part]
-        return self._num_rows(reports, candidates)
+        return reports
 
     def _can_repeat_masked(self, count: int) -> bool:
         """Without a cache, a forward of masked diffusion runs prompt and answer whatever the one before it brought."""
@@ -319,7 +318,7 @@ class Seats:
         self.is_decoding[seat] = False
         self.room[seat] = 0
         for took_part in self._took_part:
-            took_part[seat : seat + 1] = False
+            took_part[seat] = False
         pages, request.pages = request.pages, []
         return pages
 
@@ -343,7 +342,7 @@ class Seats:
     def clear(self) -> None:
         """Nobody sits or waits here any more."""
         self.lane.clear()
-        self._free_lines.extend(self.line[: len(self.requests)].tolist())
+        self._free_lines = deque(range(len(self.written)))
         self.requests.clear()
         self.left.clear()
         self._took_part.clear()
