@@ -354,6 +354,19 @@ def test_ctrl_c_keeps_what_is_finished(llm: LLM, decoder: str, monkeypatch: pyte
     assert tokens(llm.generate(PROMPTS, sampling, SLOTS, decoder)) == tokens(expected)  # and it can be used again
 
 
+def test_a_stream_beside_a_batch_that_breaks_off_says_so(llm: LLM) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("no more")
+
+    stream = llm.stream(PROMPTS[0], SamplingParams(max_tokens=40), SLOTS)
+    next(stream)
+    with pytest.raises(ValueError, match="no more"):
+        llm.generate(PROMPTS, SamplingParams(max_tokens=2), SLOTS, on_output=refuse)
+    with pytest.raises(RequestError, match="was reset while this answer was written"):
+        list(stream)
+    assert not llm.engine.has_work
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_ctrl_c_in_a_stream_leaves_an_engine_that_answers_rightly(llm: LLM, decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes while a report is waited for, and on a GPU the next forward is under way by then."""

@@ -24,7 +24,7 @@ from refusion.engine.core import Engine
 from refusion.engine.costs import measured_costs
 from refusion.engine.network import FlatNetwork
 from refusion.engine.outputs import Piece, RequestOutput, Stats
-from refusion.engine.requests import Answer, FindStop, NewRequest
+from refusion.engine.requests import Answer, FindStop, NewRequest, State
 from refusion.engine.settings import EngineSettings
 from refusion.engine.slot_choice import SIZES, choose, read_choices
 from refusion.engine.stream import AnswerStream
@@ -316,6 +316,8 @@ class LLM:
                 while texts:
                     if text := texts.popleft():
                         yield text
+                if request.state is State.FINISHED and not answers:
+                    raise RequestError("the engine was reset while this answer was written")
         finally:
             self.engine.abort(request)
         if answers[0].error is not None:
