@@ -86,12 +86,17 @@ class Scheduler:
         self.lanes: OrderedDict[LaneKey, Seats] = OrderedDict()  # the one served longest ago comes first
         self.undecided: OrderedDict[int, Request] = OrderedDict()  # decoder "auto", not yet in a lane, by arrival
         self.idle_share = IDLE_SHARE
-        self.num_open = 0
+        self._open: dict[Request, None] = {}  # all that are not over, wherever they are
         self.num_preempted = 0  # so far
         self.num_shared_tokens = 0  # prompt tokens so far that were found in the cache
         self._blocked: Request | None = None  # the oldest that waits for pages: nobody younger gets a seat before it
         self._leaving: list[Request] = []  # to be taken from their seats before the next forward that is scheduled
         self._num_passed = 0  # forwards since then that empty seats were no reason to hold up
+
+    @property
+    def num_open(self) -> int:
+        """Requests that are not over."""
+        return len(self._open)
 
     def check(self, new: NewRequest) -> None:
         """Raises `RequestError` if the request could never run, however empty the engine."""
@@ -122,7 +127,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue up."""
-        self.num_open += 1
+        self._open[request] = None
         if request.new.decoder == "auto":
             self.undecided[request.arrival] = request
         else:
@@ -131,7 +136,7 @@ class Scheduler:
     def remove(self, request: Request) -> None:
         """The request is over, finished or not; its pages are free at the next `schedule` or `join`."""
         if request.state is not State.FINISHED:
-            self.num_open -= 1
+            self._open.pop(request, None)
             request.state, request.saved = State.FINISHED, None
             self.undecided.pop(request.arrival, None)
             if request.is_seated:
@@ -243,8 +248,7 @@ class Scheduler:
 
     def reset(self) -> list[Request]:
         """Forget all requests and pages; returns the requests that were open."""
-        everyone = [request for seats in self.lanes.values() for request in (*seats.requests, *(item[1] for item in seats.waiting))]
-        open_requests = [request for request in (*everyone, *self.undecided.values()) if request.state is not State.FINISHED]
+        open_requests = list(self._open)
         for request in open_requests:
             request.state, request.seat, request.pages = State.FINISHED, -1, []
         for seats in self.lanes.values():
@@ -253,7 +257,8 @@ class Scheduler:
         self.prefix = PrefixCache(self.pool, self.runner.page_size, is_on=self.prefix.is_on)
         self.undecided.clear()
         self._leaving.clear()
-        self.num_open, self._blocked = 0, None
+        self._open.clear()
+        self._blocked = None
         return open_requests
 
     def expected(self, key: LaneKey, num_requests: int, prompt_tokens: int, answer_tokens: int) -> tuple[Seats, Expected]:

@@ -289,8 +289,8 @@ class Seats:
         return self._unbooked
 
     def book(self) -> None:
-        """Write down what the last forward brought; to be done before its lines are read."""
-        glance, self._unbooked = self._unbooked, None
+        """Write down what the last forward brought; to be done before its lines are read. Interrupted, it can be done again."""
+        glance = self._unbooked
         if glance is None:
             return
         new = commits(self.lane.rounds, glance.report, glance.took_part)
@@ -299,6 +299,7 @@ class Seats:
         for seat in new.seat[new.place == 0].tolist():
             request = glance.requests[seat]
             request.first_token_at = request.first_token_at or glance.at
+        self._unbooked = None
 
     def learn(self, glance: Glance) -> None:
         """Remember what slots took and brought; once much is known, every fourth forward says enough."""
