@@ -128,39 +128,36 @@ class Engine:
 
     def _follow(self, forward: Forward, pending: Pending) -> tuple[tuple[Forward, Pending] | None, np.ndarray]:
         """The report of the forward under way, and the one launched behind it, before or after the report, if all that takes is known."""
-        scheduler, joined = self.scheduler, None
+        scheduler = self.scheduler
         if not self.runner.runs_ahead:
             return None, pending.wait()
-        after = forward if scheduler.goes_on(forward) else (joined := scheduler.join(forward))
+        after = _without_prompt(forward) if scheduler.goes_on(forward) else scheduler.join(forward)
         if after is None:
             return None, pending.wait()
         num_rows = scheduler.rows_ahead(after)
-        following = None if num_rows is None else self._launch_behind(after, joined, (after.candidates, num_rows, after.leads))
+        following = None if num_rows is None else self._launch_behind(replace(after, num_rows=num_rows))
         report = pending.wait()
         if following is None and (rows := scheduler.rows_behind(after, report)) is not None:
-            following = self._launch_behind(after, joined, rows)
-        if following is None and joined is not None:
-            scheduler.unjoin(joined)
+            candidates, num_rows, leads = rows
+            following = self._launch_behind(replace(after, candidates=candidates, num_rows=num_rows, leads=leads))
+        if following is None and after.brings:
+            scheduler.unjoin(after)
         return following, report
 
-    def _launch_behind(self, forward: Forward, joined: Forward | None, rows: tuple[int, int, bool]) -> tuple[Forward, Pending] | None:
-        """A forward with those of another one, or with those who join and their prompts; None if its shape is not ready."""
-        candidates, num_rows, leads = rows
-        behind = replace(forward, candidates=candidates, num_rows=num_rows, leads=leads)
-        if joined is None:
-            behind = replace(behind, prompt=None, pieces=[], brings=False)
+    def _launch_behind(self, forward: Forward) -> tuple[Forward, Pending] | None:
+        """Launch a forward while, or right after, another one is under way; None if its shape is not ready."""
         pending = self.runner.launch_again(
-            behind.seats.lane,
-            num_seats=behind.num_seats,
-            num_rows=num_rows,
-            prompt=behind.prompt,
-            candidates=candidates,
-            uploads=behind.brings,
+            forward.seats.lane,
+            num_seats=forward.num_seats,
+            num_rows=forward.num_rows,
+            prompt=forward.prompt,
+            candidates=forward.candidates,
+            uploads=forward.brings,
         )
         if pending is None:
             return None
-        self.scheduler.launched(behind)
-        return behind, pending
+        self.scheduler.launched(forward)
+        return forward, pending
 
     def _glance(self, forward: Forward, report: np.ndarray) -> None:
         """Take from a report what the next forward depends on."""
@@ -246,6 +243,11 @@ class Engine:
             written = forward.seats.written[forward.seats.line[request.seat]].copy()
             self.scheduler.remove(request)
             request.new.on_answer(_answer(request, final_tokens(written, request.new), error))
+
+
+def _without_prompt(forward: Forward) -> Forward:
+    """The same requests once more."""
+    return replace(forward, prompt=None, pieces=[], brings=False)
 
 
 def _answer(request: Request, token_ids: list[int], error: RequestError | None = None, *, kept: int | None = None) -> Answer:
