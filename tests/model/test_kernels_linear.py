@@ -15,6 +15,7 @@ from refusion.model import ops
 from refusion.model.kernels import launch, linear
 from refusion.model.kernels.config import SKINNY_ROWS, Config, choose_config, cover, heuristic
 from refusion.model.kernels.norms import rms_norm, silu_multiply
+from refusion.model.kernels.owed import Owed
 from refusion.model.quantize import QuantizedWeight, quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,6 +34,13 @@ CONFIGS = {
     "turned": Config(32, 16, 3, 2, 4, 16, turned=True),
     "turned, wide and one block": Config(16, 128, 1, 2, 4, 32, extra_t=16, prenorm=True, turned=True),
     "norm first": Config(16, 32, 1, 2, 4, 16, prenorm=True),
+    "two pieces of weight": Config(16, 32, 1, 2, 4, 32, extra_t=16, extra_n=16, prenorm=True),
+    "two pieces of weight, turned": Config(32, 16, 1, 2, 4, 16, extra_n=16, prenorm=True, turned=True),
+}
+OWING = {
+    "owing": Config(32, 16, 3, 2, 4, 16, owes_sum=True),
+    "owing, in four pieces": Config(32, 16, 2, 2, 4, 32, extra_t=16, extra_n=16, owes_sum=True),
+    "owing, turned": Config(16, 32, 2, 2, 4, 32, extra_n=16, owes_sum=True, turned=True),
 }
 # Both sides sum in float32, in different orders. In bfloat16 the twins round after every step, the kernels once; the interpreter cuts off.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
@@ -77,6 +85,39 @@ def test_a_bias_is_added_once(name: str) -> None:
     x, norm, weight, bias = case.x, case.norm, case.weight, case.bias
     is_close(linear.norm_linear(x, *norm, weight, bias, config=config), ops.norm_linear(x, *norm, weight, bias))
     is_close(linear.linear_add(x, weight, case.residual, bias, config=config), ops.linear_add(x, weight, case.residual, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 17, 70])
+@pytest.mark.parametrize("name", OWING)
+def test_what_a_product_owes_is_added_up_by_the_norm_behind_it(name: str, num_rows: int, dtype: torch.dtype) -> None:
+    case, config = Case(num_rows, dtype), OWING[name]
+    expected = ops.linear_add(case.x, case.weight, case.residual)
+    generator = torch.Generator().manual_seed(1)
+    gains = (1 + torch.randn(NUM_OUT, generator=generator) / 4).to(DEVICE, dtype)
+    next_weight = (torch.randn(NUM_IN, NUM_OUT, generator=generator) / NUM_OUT**0.5).to(DEVICE, dtype)
+
+    def owed() -> Owed:
+        hidden = linear.linear_add_owed(case.x, case.weight, case.residual.clone(), config=config)
+        assert isinstance(hidden, Owed)
+        return hidden
+
+    is_close(owed().paid(), expected)
+    is_close(owed().normed(gains, EPS), ops.rms_norm(expected, gains, EPS))
+    hidden = owed()
+    for config_of_next in (None, CONFIGS["loop"], CONFIGS["norm first"]):  # the library's product, and two that meet a sum that is paid
+        is_close(linear.norm_linear(hidden, gains, EPS, next_weight, config=config_of_next), ops.norm_linear(expected, gains, EPS, next_weight))
+    is_close(linear.norm_gated(owed(), gains, EPS, next_weight, config=CONFIGS["loop"]), ops.norm_gated(expected, gains, EPS, next_weight))
+    is_close(hidden.paid(), expected)
+    again = linear.linear_add(case.x, case.weight, hidden, in_place=True, config=CONFIGS["loop"])
+    is_close(again, ops.linear_add(case.x, case.weight, expected))
+
+
+def test_a_product_with_a_bias_owes_nothing() -> None:
+    case = Case(17)
+    found = linear.linear_add_owed(case.x, case.weight, case.residual.clone(), case.bias, config=OWING["owing"])
+    assert isinstance(found, torch.Tensor)
+    is_close(found, ops.linear_add(case.x, case.weight, case.residual, case.bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

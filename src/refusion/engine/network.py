@@ -29,12 +29,16 @@ class Ops(Protocol):
 
     def prepare(self, weight: Tensor) -> Weight: ...
 
-    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor: ...
+    def norm_linear(self, x: Any, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor: ...
 
-    def norm_gated(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor: ...
+    def norm_gated(self, x: Any, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor: ...
 
-    def linear_add(self, x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The result may take the place of `residual`."""
+    def linear_add(self, x: Tensor, weight: Weight, residual: Any, bias: Tensor | None = None) -> Any:
+        """The result may take the place of `residual`, and may be owed: only operations of the same set and `paid` can read it."""
+        ...
+
+    def paid(self, hidden: Any) -> Tensor:
+        """[T, N] what `linear_add` returned, as a tensor."""
         ...
 
     def rotate_and_store(
@@ -188,7 +192,7 @@ class FlatNetwork:
             hidden = ops.linear_add(mixed, layer.output, hidden, layer.output_bias)
             gated = ops.norm_gated(hidden, layer.post_norm, eps, layer.gate_up)
             hidden = ops.linear_add(gated, layer.down, hidden)
-        return hidden
+        return ops.paid(hidden)
 
     @torch.no_grad()
     def readout(self, hidden: Tensor, bias_banned: Tensor, given_ids: Tensor, num_runner_ups: int = 0) -> Readout:

@@ -35,6 +35,9 @@ class PlainOps:
     def prepare(self, weight: Tensor) -> Tensor:
         return weight
 
+    def paid(self, hidden: Tensor) -> Tensor:
+        return hidden
+
     def plan_attention(self, rows: Rows, spans: Spans, tiles: Tiles) -> Any:
         return attention_ops.prepare(rows, spans, self.num_groups, self.dtype)
 
@@ -61,14 +64,14 @@ class TritonOps:
     ) -> None:
         """invariant_tiles: with it no row depends on how many others there are, in forwards of at most so many tiles of TILE_ROWS rows."""
         # Imported here: a machine without Triton runs everything else.
-        from refusion.model.kernels import attention, linear, readout, rotary, store
+        from refusion.model.kernels import attention, linear, owed, readout, rotary, store
         from refusion.model.kernels.attention_config import invariant_config, padded_rows
 
         self.quantization: Kind | None = quantization
         self.is_batch_invariant = invariant_tiles is not None
         cut = linear.INVARIANT if self.is_batch_invariant else linear.AUTO
         self.norm_linear, self.norm_gated = partial(linear.norm_linear, config=cut), partial(linear.norm_gated, config=cut)
-        self.linear_add = partial(linear.linear_add, in_place=True, config=cut)
+        self.linear_add, self.paid = partial(linear.linear_add_owed, config=cut), owed.paid
         self.readout, self.rotate_and_store = partial(readout.readout, config=cut), rotary.rotate_and_store
         self.store_rows, self.rotate_and_attend = store.store_rows, attention.rotate_and_attend
         self.joined_rows = 0 if self.is_batch_invariant else JOINED_ROWS.get(config.head_dim, 0)

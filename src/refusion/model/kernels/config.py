@@ -42,14 +42,25 @@ class Config:
     lanes: int = 1  # parts of a block of K multiplied side by side, one a warp; for small tiles, up to num_warps
     prenorm: bool = False  # normalise x in a kernel of its own first, instead of inside the loop of every program
     turned: bool = False  # x as the left operand: 8-bit weights then reach the tensor cores through shared memory, not registers
+    extra_n: int = 0  # weight rows of a second piece of the tile, 0 = none: 192 make 128 tiles of 24,576, one for a multiprocessor each
+    owes_sum: bool = False  # the parts of K are not added up: the norm that follows does it on its way (`owed.Owed`)
 
     @property
     def rows(self) -> int:
         return self.block_t + self.extra_t
 
+    @property
+    def weight_rows(self) -> int:
+        return self.block_n + self.extra_n
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether `wide_kernel` runs it."""
+        return self.extra_n > 0 or self.owes_sum
+
     def tiles(self, num_rows: int, num_out: int) -> tuple[int, int]:
         """Row tiles and weight tiles of a product."""
-        return -(-num_rows // self.rows), -(-num_out // self.block_n)
+        return -(-num_rows // self.rows), -(-num_out // self.weight_rows)
 
     def to_dict(self) -> dict[str, int | bool]:
         return asdict(self)

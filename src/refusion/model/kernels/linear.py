@@ -14,14 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from refusion.model.kernels.config import Config, Kind, choose_config, invariant_config
+from refusion.model.kernels.epilogue import finish
 from refusion.model.kernels.launch import NUM_COUNTERS, counters, launch, overlap
-from refusion.model.kernels.norms import rms_norm, silu_multiply
+from refusion.model.kernels.norms import silu_multiply
+from refusion.model.kernels.owed import Owed, normed, paid
 from refusion.model.kernels.stream import release, stream
+from refusion.model.kernels.wide import wide_kernel
 from refusion.model.quantize import QuantizedWeight
 
 # T = rows, K = in features, N = out features, I = intermediate features
 
 Weight = Tensor | QuantizedWeight
+Hidden = Tensor | Owed
+"""Rows of the residual stream."""
 
 AUTO = Config(0, 0, 0, 0, 0, 0)
 """Stands for `choose_config`; a benchmark names a config of its own, or None for the library."""
@@ -39,7 +44,7 @@ _DTYPES = {
 
 
 def norm_linear(
-    x: Tensor,
+    x: Hidden,
     norm_weight: Tensor,
     eps: float,
     weight: Weight,
@@ -50,42 +55,49 @@ def norm_linear(
     """[T, N] = rms_norm(x) @ weight.T (+ bias)."""
     config = resolve(config, x, weight, "norm_linear")
     if config is None:
-        return F.linear(rms_norm(x, norm_weight, eps), as_plain(weight), bias)
+        return F.linear(normed(x, norm_weight, eps), as_plain(weight), bias)
     return _run(x, weight, config, norm=(norm_weight, eps), bias=bias)
 
 
-def norm_gated(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, config: Config | None = AUTO) -> Tensor:
+def norm_gated(x: Hidden, norm_weight: Tensor, eps: float, weight: Weight, *, config: Config | None = AUTO) -> Tensor:
     """[T, I] = silu(rms_norm(x) @ gate.T) * (rms_norm(x) @ up.T); `weight` [2I, K] holds the rows of gate, then those of up."""
     config = resolve(config, x, weight, "norm_gated")
     if config is None:
-        return silu_multiply(F.linear(rms_norm(x, norm_weight, eps), as_plain(weight)))
+        return silu_multiply(F.linear(normed(x, norm_weight, eps), as_plain(weight)))
     return _run(x, weight, config, norm=(norm_weight, eps), is_gated=True)
 
 
 def linear_add(
     x: Tensor,
     weight: Weight,
-    residual: Tensor,
+    residual: Hidden,
     bias: Tensor | None = None,
     *,
     in_place: bool = False,
     config: Config | None = AUTO,
 ) -> Tensor:
     """[T, N] = residual + x @ weight.T (+ bias). in_place: the result may take the place of the residual, which spares a copy of it."""
-    config = resolve(config, x, weight, "linear_add")
-    if config is not None:
+    hidden = linear_add_owed(x, weight, residual if in_place else paid(residual).clone(), bias, config=config)
+    return paid(hidden)
+
+
+def linear_add_owed(x: Tensor, weight: Weight, residual: Hidden, bias: Tensor | None = None, *, config: Config | None = AUTO) -> Hidden:
+    """`linear_add` in place, whose sum may be left to the next norm: see `Owed`. A product with a bias owes nothing."""
+    residual, config = paid(residual), resolve(config, x, weight, "linear_add")
+    if config is not None and config.owes_sum and bias is None:
+        return Owed(residual, _run(x, weight, config))
+    if config is not None and not config.owes_sum:
         return _run(x, weight, config, residual=residual, bias=bias)
     plain = as_plain(weight)
     if bias is not None:
         return F.linear(x, plain, bias).add_(residual)
-    # The library adds in its epilogue, but only in place: `torch.addmm` copies the residual first.
-    return residual.addmm_(x, plain.T) if in_place else torch.addmm(residual, x, plain.T)
+    return residual.addmm_(x, plain.T)  # in the library's epilogue; `torch.addmm` copies the residual first
 
 
-def resolve(config: Config | None, x: Tensor, weight: Weight, kind: Kind) -> Config | None:
+def resolve(config: Config | None, x: Hidden, weight: Weight, kind: Kind) -> Config | None:
     """The config to use: the one given, or for AUTO and INVARIANT the chosen one."""
     assert x.shape[1] == weight.shape[1], f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}"
-    assert x.stride(1) == 1, f"rows of x must be contiguous, not strided by {x.stride()}"
+    assert isinstance(x, Owed) or x.stride(1) == 1, f"rows of x must be contiguous, not strided by {x.stride()}"
     if config is INVARIANT:
         return invariant_config(weight.shape[0], weight.shape[1], x.shape[0], kind)
     if config is not AUTO:
@@ -114,7 +126,7 @@ def operand(weight: Weight) -> Operand:
 
 
 def _run(
-    x: Tensor,
+    x: Hidden,
     weight: Weight,
     config: Config,
     *,
@@ -123,8 +135,13 @@ def _run(
     residual: Tensor | None = None,
     is_gated: bool = False,
 ) -> Tensor:
+    """The product by the kernel that the config is for; [SPLIT_K, T, N] float32 parts if it owes the sum."""
     if norm is not None and config.prenorm:
-        x, norm = rms_norm(x, *norm), None
+        x, norm = normed(x, *norm), None
+    x = paid(x)
+    if config.is_wide:
+        assert norm is None, f"the kernel for many rows takes no norm: {config}"
+        return _run_wide(x, as_plain(weight), config, bias, residual, is_gated)
     data, scale = operand(weight)
     (num_rows, num_in), num_out = x.shape, data.shape[0]
     assert config.split_k == 1 or config.block_k < num_in, f"one block of {num_in} columns cannot be split: {config}"
@@ -163,6 +180,46 @@ def _run(
         BLOCK_K=config.block_k,
         SPLIT_K=config.split_k,
         LANES=config.lanes,
+        TURNED=config.turned,
+        NUM_STAGES=config.num_stages,
+        LATE=order == "late",
+        is_dependent=order != "off",
+        num_stages=config.num_stages,
+        num_warps=config.num_warps,
+    )
+    return out
+
+
+def _run_wide(x: Tensor, weight: Tensor, config: Config, bias: Tensor | None, residual: Tensor | None, is_gated: bool) -> Tensor:
+    (num_rows, num_in), num_out = x.shape, weight.shape[0]
+    assert weight.is_contiguous(), "weights are read as rows of K"
+    assert config.lanes == 1 and (config.owes_sum or config.split_k == 1), f"not for the kernel of many rows: {config}"
+    assert not (config.owes_sum and (is_gated or residual is not None or bias is not None)), "parts are sums and nothing else"
+    shape = (config.split_k, num_rows, num_out) if config.owes_sum else (num_rows, num_out // 2 if is_gated else num_out)
+    out = torch.empty(shape, dtype=torch.float32 if config.owes_sum else x.dtype, device=x.device)
+    order = overlap().order(weight.nbytes)
+    launch(
+        wide_kernel,
+        (*config.tiles(num_rows, num_out), config.split_k),
+        x,
+        weight,
+        x if bias is None else bias,
+        x if residual is None else residual,
+        out,
+        num_rows,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        N=num_out,
+        K=num_in,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        IS_GATED=is_gated,
+        BLOCK_T=config.block_t,
+        EXTRA_T=config.extra_t,
+        BLOCK_N=config.block_n,
+        EXTRA_N=config.extra_n,
+        BLOCK_K=config.block_k,
+        SPLIT_K=config.split_k,
         TURNED=config.turned,
         NUM_STAGES=config.num_stages,
         LATE=order == "late",
@@ -249,6 +306,7 @@ def linear_kernel(
     )
     release(PDL, LATE)
     owes_norm: tl.constexpr = HAS_NORM and K > BLOCK_K
+    first_column = tile_n * (BLOCK_N // 2 if IS_GATED else BLOCK_N)
     if SPLIT_K > 1:
         tile = tl.program_id(0) * tl.num_programs(1) + tile_n
         part_size: tl.constexpr = (BLOCK_T + EXTRA_T) * (BLOCK_N + 1)
@@ -260,17 +318,17 @@ def linear_kernel(
         if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT_K - 1:
             tl.store(counters + tile, 0)  # for the next kernel, and for the next replay of a graph
             acc, squares = add_parts(parts, part_size, owes_norm, SPLIT_K, BLOCK_T, BLOCK_N)
-            finish(acc, squares, first_row, weight_rows, tile_n, scale, bias, residual, out, num_rows, residual_stride, eps,
+            finish(acc, squares, first_row, weight_rows, first_column, scale, bias, residual, out, num_rows, residual_stride, eps,
                    N, K, owes_norm, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, BLOCK_T, BLOCK_N)  # fmt: skip
             if EXTRA_T > 0:
                 extra, extra_squares = add_parts(parts + BLOCK_T * (BLOCK_N + 1), part_size, owes_norm, SPLIT_K, EXTRA_T, BLOCK_N)
-                finish(extra, extra_squares, first_row + BLOCK_T, weight_rows, tile_n, scale, bias, residual, out, num_rows,
+                finish(extra, extra_squares, first_row + BLOCK_T, weight_rows, first_column, scale, bias, residual, out, num_rows,
                        residual_stride, eps, N, K, owes_norm, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, EXTRA_T, BLOCK_N)  # fmt: skip
     else:
-        finish(acc, squares, first_row, weight_rows, tile_n, scale, bias, residual, out, num_rows, residual_stride, eps,
+        finish(acc, squares, first_row, weight_rows, first_column, scale, bias, residual, out, num_rows, residual_stride, eps,
                N, K, owes_norm, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, BLOCK_T, BLOCK_N)  # fmt: skip
         if EXTRA_T > 0:
-            finish(extra, extra_squares, first_row + BLOCK_T, weight_rows, tile_n, scale, bias, residual, out, num_rows, residual_stride,
+            finish(extra, extra_squares, first_row + BLOCK_T, weight_rows, first_column, scale, bias, residual, out, num_rows, residual_stride,
                    eps, N, K, owes_norm, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, EXTRA_T, BLOCK_N)  # fmt: skip
 
 
@@ -295,47 +353,3 @@ def add_parts(parts, part_size: tl.constexpr, OWES_NORM: tl.constexpr, SPLIT_K: 
         if OWES_NORM:
             squares += tl.load(source + NUM * BLOCK_N + rows, cache_modifier=".cg")
     return acc, squares
-
-
-@triton.jit
-def finish(
-    acc,  # [N, T]
-    squares,  # [T]
-    first_row,
-    weight_rows,
-    tile_n,
-    scale,
-    bias,
-    residual,
-    out,
-    num_rows,
-    residual_stride,
-    eps,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    OWES_NORM: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    NUM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """What is left to do to finished sums, all in float32, and the one rounding to the dtype of `out`."""
-    if OWES_NORM:
-        acc *= tl.rsqrt(squares / K + eps)[None, :]
-    if HAS_SCALE:
-        acc *= tl.load(scale + weight_rows)[:, None]
-    if HAS_BIAS:
-        acc += tl.load(bias + weight_rows).to(tl.float32)[:, None]
-    width: tl.constexpr = N // 2 if IS_GATED else N
-    block: tl.constexpr = BLOCK_N // 2 if IS_GATED else BLOCK_N
-    if IS_GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(acc, [block, 2, NUM]), [0, 2, 1]))
-        acc = gate * tl.sigmoid(gate) * up
-    rows = first_row + tl.arange(0, NUM)[None, :]
-    columns = tile_n * block + tl.arange(0, block)[:, None]
-    is_inside = (rows < num_rows) & (columns < width)
-    if HAS_RESIDUAL:
-        acc += tl.load(residual + rows.to(tl.int64) * residual_stride + columns, mask=is_inside, other=0.0).to(tl.float32)
-    tl.store(out + rows.to(tl.int64) * width + columns, acc.to(out.dtype.element_ty), mask=is_inside)
