@@ -123,6 +123,7 @@ def compile_all(kind: str | None, cases: dict[str, Any], quantization: str | Non
         if variant.label != "large-off"  # which mixes kernels of the others
     ]
     started = time.perf_counter()
+    os.environ.setdefault("REFUSION_CARD", torch.cuda.get_device_name())  # the workers must not ask
     with multiprocessing.get_context("spawn").Pool(min(len(jobs), num_workers or os.cpu_count() or 1)) as workers:
         faults = list(filter(None, workers.imap_unordered(_compile, jobs, chunksize=1)))
     for fault in sorted(set(faults)):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from refusion.model.kernels import launch, linear, readout
-from refusion.model.kernels.config import Config, Kind, key
+from refusion.model.kernels.config import SKINNY_ROWS, Config, Kind, key
+from refusion.model.kernels.owed import normed
 from refusion.model.quantize import QuantizedWeight, quantize
 
 EPS = 1e-6
@@ -56,6 +57,7 @@ class Inputs:
     x: Tensor  # [T, K]
     norm_weight: Tensor  # [K]
     residual: Tensor  # [T, N]
+    next_norm: Tensor  # [N] of the norm behind a product that is added to the residual stream
     bias_banned: Tensor  # [N] float32
     given_ids: Tensor  # [T] int32
 
@@ -72,6 +74,7 @@ def make_inputs(product: Product, num_rows: int, device: str, dtype: torch.dtype
         x=normal(num_rows, product.num_in).to(dtype),
         norm_weight=(1 + 0.1 * normal(product.num_in)).to(dtype),
         residual=normal(num_rows, product.num_out).to(dtype),
+        next_norm=(1 + 0.1 * normal(product.num_out)).to(dtype),
         bias_banned=bias_banned,
         given_ids=torch.randint(product.num_out, (num_rows,), device=device, generator=generator, dtype=torch.int32),
     )
@@ -93,6 +96,9 @@ def run(product: Product, inputs: Inputs, weight: Weight, config: Config | None 
             return linear.norm_linear(inputs.x, inputs.norm_weight, EPS, weight, config=config)
         case "norm_gated":
             return linear.norm_gated(inputs.x, inputs.norm_weight, EPS, weight, config=config)
+        case "linear_add" if in_place and len(inputs.x) > SKINNY_ROWS:
+            # With the norm that follows: it is a kernel of its own with so many rows, and may have parts to add up.
+            return normed(linear.linear_add_owed(inputs.x, weight, inputs.residual, config=config), inputs.next_norm, EPS)
         case "linear_add":
             return linear.linear_add(inputs.x, weight, inputs.residual, in_place=in_place, config=config)
         case "readout":

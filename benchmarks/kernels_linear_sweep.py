@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from kernels_linear_products import QUANTIZED, Inputs, Product, Weight, compile_for_h100, make_inputs, products, run
 
-from refusion.model.kernels.config import TUNED, Config, cover
+from refusion.model.kernels.config import SKINNY_ROWS, TUNED, TUNED_BY_CARD, Config, card, cover, tuned_entries
 from refusion.model.quantize import QuantizedWeight, quantize
 
 MAX_CANDIDATES = 18
+MAX_WIDE = 36  # of a product with many rows and a big weight, which can also be cut into two pieces of weight rows, turned, or left owing
 MAX_QUANTIZED = 12  # of a product with 8-bit weights, which are many
 SMALL_WEIGHT = 4_000_000  # numbers; a head is larger
 SHARED_LIMIT = 227 * 1024
@@ -76,6 +77,13 @@ def candidates(product: Product, num_rows: int, limit: int = MAX_CANDIDATES, qua
     return kept
 
 
+def most_candidates(product: Product, num_rows: int, quantized: str | None) -> int:
+    """How many are worth measuring."""
+    if quantized:
+        return MAX_QUANTIZED
+    return MAX_WIDE if num_rows > SKINNY_ROWS and product.num_out * product.num_in > SMALL_WEIGHT else MAX_CANDIDATES
+
+
 def _converting_well(product: Product) -> Iterator[Config]:
     """For few rows: every warp its own part of K, so that 8-bit weights reach registers in pieces of eight bytes and none twice."""
     for block_n, block_k, num_stages, num_warps in ((32, 256, 5, 4), (64, 256, 4, 4), (32, 512, 4, 8), (64, 512, 4, 8)):
@@ -86,7 +94,7 @@ def _converting_well(product: Product) -> Iterator[Config]:
 
 def winners(product: Product, quantized: str | None = None) -> list[Config]:
     """Measured best configs of the product in the installed table, those of many rows first."""
-    table = json.loads(TUNED.read_text())
+    table = tuned_entries(card())
     entries = (table.get(product.key(rows, quantized or "bfloat16")) for rows in (256, 192, 128, 64, 32, 16, 1))
     return [Config(**entry) for entry in entries if entry]
 
@@ -100,7 +108,9 @@ def row_tiles(product: Product, num_rows: int) -> list[tuple[int, int]]:
 
 def _configs(product: Product, block_t: int, extra_t: int, quantized: str | None = None) -> Iterator[Config]:
     has_norm, rows = product.kind != "linear_add", block_t + extra_t
-    turns = (False, True) if quantized else (False,)
+    if rows > SKINNY_ROWS and not quantized and product.kind != "readout":
+        yield from _wide_configs(product, block_t, extra_t)
+    turns = (False, True) if quantized or rows > SKINNY_ROWS else (False,)
     for block_n in (16, 32, 64, 128, 256):
         for block_k in (64, 128, 256, 512, 1024):
             for split_k in (1,) if product.kind == "readout" else (1, 2, 3, 4, 6, 8):
@@ -112,8 +122,26 @@ def _configs(product: Product, block_t: int, extra_t: int, quantized: str | None
                                     yield Config(block_n, block_k, split_k, num_stages, num_warps, block_t, extra_t, lanes, prenorm, turned)
 
 
-def _family(product: Product, config: Config) -> tuple[int, int, bool, bool, bool, bool]:
-    return config.block_n, config.split_k, config.lanes > 1, config.prenorm, config.turned, config.block_k < product.num_in
+def _wide_configs(product: Product, block_t: int, extra_t: int) -> Iterator[Config]:
+    """For many rows: two pieces of weight rows, and parts that are left to the norm behind."""
+    has_norm = product.kind != "linear_add"
+    splits = (1,) if has_norm else (1, 2, 3, 4, 6, 8)
+    for block_n, extra_n in ((64, 0), (64, 32), (128, 0), (128, 64), (256, 0)):
+        for block_k in (32, 64, 128):
+            for split_k in splits:
+                for num_stages in (3, 4, 5, 6):
+                    for num_warps in (4, 8):
+                        for turned in (False, True):
+                            if extra_n or split_k > 1:
+                                yield Config(
+                                    block_n, block_k, split_k, num_stages, num_warps, block_t, extra_t,
+                                    prenorm=has_norm, turned=turned, extra_n=extra_n, owes_sum=split_k > 1,
+                                )  # fmt: skip
+
+
+def _family(product: Product, config: Config) -> tuple[Any, ...]:
+    is_whole = config.block_k >= product.num_in
+    return config.weight_rows, config.split_k, config.lanes > 1, config.prenorm, config.turned, is_whole, config.owes_sum
 
 
 def is_sensible(product: Product, config: Config, quantized: str | None = None) -> bool:
@@ -128,7 +156,7 @@ def is_sensible(product: Product, config: Config, quantized: str | None = None) 
     if config.block_k >= product.num_in:  # no loop: everything passes through registers at once
         in_registers = config.block_k * (config.rows + config.block_n) // (32 * config.num_warps)
         return config.split_k == 1 and config.num_stages == 2 and in_registers <= 192 and config.block_k < 2 * product.num_in
-    accumulators = config.block_n * config.rows // (32 * config.num_warps)
+    accumulators = config.weight_rows * config.rows // (32 * config.num_warps)
     return (
         3 <= config.num_stages <= blocks // config.split_k + 1
         and blocks >= 2 * config.split_k
@@ -143,8 +171,8 @@ def is_sensible(product: Product, config: Config, quantized: str | None = None) 
 
 
 def shared_bytes(config: Config, quantized: str | None = None) -> int:
-    stage = config.block_k * (config.block_n * (1 if quantized else 2) + 2 * config.rows)
-    return config.num_stages * stage + (2 * config.block_k * config.block_n if config.turned else 0)  # where a tile lies converted
+    stage = config.block_k * (config.weight_rows * (1 if quantized else 2) + 2 * config.rows)
+    return config.num_stages * stage + (2 * config.block_k * config.block_n if config.turned and quantized else 0)  # a tile lies converted
 
 
 def estimate(product: Product, num_rows: int, config: Config, quantized: str | None = None) -> float:
@@ -157,10 +185,10 @@ def estimate(product: Product, num_rows: int, config: Config, quantized: str | N
     waves = programs / (132 * resident)
     efficiency = 1.0 if waves > 8 else min(1.0, programs / 132) if waves <= 1 else waves / -(-waves // 1)
     width = 1 if quantized else 2
-    in_flight = min(programs, 132 * resident) * config.block_n * config.block_k * width * (config.num_stages - 1.5 if looped else 1)
+    in_flight = min(programs, 132 * resident) * config.weight_rows * config.block_k * width * (config.num_stages - 1.5 if looped else 1)
     weights = product.num_out * product.num_in * width
     reread = (row_tiles - 1) * weights + tiles * config.rows * product.num_in * 2
-    partials = (2 * programs * config.block_n * config.rows * 4) if config.split_k > 1 else 0
+    partials = (2 * programs * config.weight_rows * config.rows * 4) if config.split_k > 1 else 0
     padded = 2 * max(64, config.block_n) / config.block_n * product.num_out * product.num_in * config.rows * row_tiles
     step = 12e-9 if config.block_n >= 64 else 20e-9  # of a chain of dependent tensor core instructions, 16 columns each
     chain = step * product.num_in / (16 * config.split_k * config.lanes) * max(1.0, waves)
@@ -168,13 +196,13 @@ def estimate(product: Product, num_rows: int, config: Config, quantized: str | N
     rounds = -(-product.num_in // (config.block_k * config.split_k))
     latency = LATENCY * (1 + rounds / max(1, config.num_stages - 1) / 4) * max(1.0, waves)
     extra = 1.5e-6 * config.prenorm
-    if config.split_k > 1:  # one program reads all parts of its tile, alone
+    if config.split_k > 1 and not config.owes_sum:  # one program reads all parts of its tile, alone
         extra += 1e-6 + config.split_k * config.block_n * config.rows * 4 / 1e11
     return max(memory, (weights + reread + partials) / L2, padded / TENSOR, chain) / efficiency + latency + extra
 
 
 def sweep(output: Path, budget: float, num_workers: int, tiny: bool, only: Sequence[str] = (), quantized: Sequence[str] = ()) -> int:
-    """Measure until the budget is spent; writes tuned.json and sweep.json below `output`. Returns the exit code.
+    """Measure until the budget is spent; writes the card's table and sweep.json below `output`. Returns the exit code.
 
     `only` names what is measured as "model:rows" or "model:rows:product", `quantized` the kinds of 8-bit weights that are measured
     instead of 16-bit ones; the table keeps its other entries.
@@ -182,9 +210,10 @@ def sweep(output: Path, budget: float, num_workers: int, tiny: bool, only: Seque
     started = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     order = (("tiny", 3), ("tiny", 17)) if tiny else QUANTIZED_PRIORITY if quantized else PRIORITY
-    limit = 2 if tiny else MAX_QUANTIZED if quantized else MAX_CANDIDATES
+    card_here = card()
+    table = TUNED if card_here is None else TUNED_BY_CARD[card_here]
     groups = [
-        (product, rows, kind, candidates(product, rows, limit, kind))
+        (product, rows, kind, candidates(product, rows, 2 if tiny else most_candidates(product, rows, kind), kind))
         for model, rows in order
         for product in products(model)
         for kind in (quantized or (None,))
@@ -193,7 +222,7 @@ def sweep(output: Path, budget: float, num_workers: int, tiny: bool, only: Seque
     jobs = [Job(product, rows, config, kind) for product, rows, kind, configs in groups for config in configs]
     pool = None if tiny else torch.randn(POOL, device="cuda", dtype=torch.bfloat16).mul_(0.02)
     log: list[dict[str, Any]] = []
-    tuned: dict[str, Any] = json.loads(TUNED.read_text()) if only or quantized else {}
+    tuned: dict[str, Any] = json.loads(table.read_text()) if only or quantized else {}
     num_done = 0
     with _workers(num_workers) as workers:
         compiled = workers.imap(_compile, jobs, chunksize=2)
@@ -211,7 +240,7 @@ def sweep(output: Path, budget: float, num_workers: int, tiny: bool, only: Seque
             _keep_best(product, rows, kind, entries, tuned)
             num_done += 1
         workers.terminate()
-    (output / "tuned.json").write_text(
+    (output / table.name).write_text(
         "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(tuned[name])}" for name in sorted(tuned)) + "\n}\n"
     )
     (output / "sweep.json").write_text(json.dumps(log, indent=1) + "\n")

@@ -34,6 +34,7 @@ from refusion.model.kernels.attention import Workspace, attend, rotate_and_atten
 from refusion.model.kernels.attention_config import Config as AttentionConfig  # noqa: E402
 from refusion.model.kernels.attention_config import invariant_config, padded_rows  # noqa: E402
 from refusion.model.kernels.config import Config  # noqa: E402
+from refusion.model.kernels.owed import normed  # noqa: E402
 from refusion.model.quantize import quantize  # noqa: E402
 from refusion.model.rows import plain_tiles  # noqa: E402
 
@@ -47,6 +48,14 @@ CONFIGS = {
     "turned": Config(64, 32, 2, 3, 4, 64, prenorm=True, turned=True),
     "invariant": linear.INVARIANT,
     "chosen": linear.AUTO,
+}
+TWO_PIECES = {
+    "two pieces": Config(32, 32, 1, 3, 4, 64, extra_t=16, prenorm=True, extra_n=16),
+    "two pieces, turned": Config(64, 32, 1, 3, 4, 64, prenorm=True, turned=True, extra_n=32),
+}
+OWING = {
+    "owing": Config(64, 16, 3, 3, 4, 64, extra_t=16, owes_sum=True),
+    "owing, turned": Config(64, 32, 2, 3, 4, 64, extra_n=32, owes_sum=True, turned=True),
 }
 SEATS = [Seat(100, 0, CHAIN + PLAN + GROUPS), Seat(17, 9), Seat(0, 21), Seat(33, 0, LONE), Seat(5, 2, CHAIN)]
 
@@ -80,6 +89,17 @@ def products(device: str) -> Iterator[str]:
                 if config is linear.AUTO or config is linear.INVARIANT or config.split_k == 1:
                     finite(readout.readout(x, gain, EPS, weight, banned, given, config=config).confidence, name)
         yield name
+    for num_rows in (1, 70):
+        x = torch.randn(num_rows, NUM_IN, device=device).to(torch.bfloat16)
+        for name, config in TWO_PIECES.items():
+            finite(linear.norm_linear(x, gain, EPS, plain, bias, config=config), name)
+            finite(linear.norm_gated(x, gain, EPS, plain, config=config), name)
+        for name, config in OWING.items():
+            residual = torch.zeros(num_rows, NUM_OUT, device=device, dtype=torch.bfloat16)
+            owed = linear.linear_add_owed(x, plain, residual, config=config)
+            finite(normed(owed, bias + 1, EPS), name)
+            finite(linear.linear_add(x, plain, residual, config=config), name)
+    yield from (*TWO_PIECES, *OWING)
 
 
 def attentions(device: str) -> Iterator[str]:

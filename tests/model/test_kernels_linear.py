@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from refusion.model import ops
+from refusion.model.kernels import config as table
 from refusion.model.kernels import launch, linear
 from refusion.model.kernels.config import SKINNY_ROWS, Config, choose_config, cover, heuristic
 from refusion.model.kernels.norms import rms_norm, silu_multiply
@@ -106,7 +107,9 @@ def test_what_a_product_owes_is_added_up_by_the_norm_behind_it(name: str, num_ro
     is_close(owed().normed(gains, EPS), ops.rms_norm(expected, gains, EPS))
     hidden = owed()
     for config_of_next in (None, CONFIGS["loop"], CONFIGS["norm first"]):  # the library's product, and two that meet a sum that is paid
-        is_close(linear.norm_linear(hidden, gains, EPS, next_weight, config=config_of_next), ops.norm_linear(expected, gains, EPS, next_weight))
+        is_close(
+            linear.norm_linear(hidden, gains, EPS, next_weight, config=config_of_next), ops.norm_linear(expected, gains, EPS, next_weight)
+        )
     is_close(linear.norm_gated(owed(), gains, EPS, next_weight, config=CONFIGS["loop"]), ops.norm_gated(expected, gains, EPS, next_weight))
     is_close(hidden.paid(), expected)
     again = linear.linear_add(case.x, case.weight, hidden, in_place=True, config=CONFIGS["loop"])
@@ -210,6 +213,22 @@ def test_heuristic_configs_are_sound(shape: tuple[int, int], num_rows: int) -> N
     assert 1 <= config.split_k <= -(-shape[1] // config.block_k)
     assert config.num_stages >= 2
     assert config.block_k >= 16 * config.lanes
+
+
+def test_a_card_has_entries_of_its_own_before_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = table.tuned_entries(None)
+    name = next(iter(table.TUNED_BY_CARD))
+    own = table.tuned_entries(name)
+    assert own.keys() >= shared.keys()
+    monkeypatch.setenv("REFUSION_CARD", f"NVIDIA {name}")
+    table.card.cache_clear()
+    assert table.card() == name
+    for key, entry in own.items():
+        kind, num_out, num_in, num_rows, dtype = key.split(":")
+        chosen = choose_config(int(num_out), int(num_in), int(num_rows), kind, dtype)  # pyright: ignore[reportArgumentType]
+        assert chosen == (None if entry is None else Config(**entry)), key
+    monkeypatch.undo()
+    table.card.cache_clear()
 
 
 @pytest.mark.gpu

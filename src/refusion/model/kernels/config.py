@@ -7,9 +7,12 @@ the tensor cores and the re-reading of x from the L2 cache (once per `block_n` w
 
 import functools
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 Kind = Literal["norm_linear", "norm_gated", "linear_add", "readout"]
 
@@ -26,6 +29,9 @@ WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "float8": 1}
 """Bytes of a weight."""
 
 TUNED = Path(__file__).with_name("tuned.json")
+"""What an H100 measured."""
+TUNED_BY_CARD = {"H200": Path(__file__).with_name("tuned-h200.json")}
+"""By a part of the card's name: entries that take the place of those, where another balance of memory and arithmetic decides otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,7 @@ class Config:
 
 def choose_config(num_out: int, num_in: int, num_rows: int, kind: Kind, dtype: str) -> Config | None:
     """Tiles for `num_rows` rows of x times a weight [num_out, num_in] stored as `dtype`; None: the library's product is faster."""
-    for most_rows, config in _tuned().get((kind, num_out, num_in, dtype), ()):
+    for most_rows, config in _tuned(card()).get((kind, num_out, num_in, dtype), ()):
         if num_rows <= most_rows:
             return config
     if dtype == "float32" and kind != "readout":
@@ -139,11 +145,24 @@ def key(kind: Kind, num_out: int, num_in: int, num_rows: int, dtype: str) -> str
     return f"{kind}:{num_out}:{num_in}:{num_rows}:{dtype}"
 
 
+def tuned_entries(known: str | None) -> dict[str, dict[str, Any] | None]:
+    """Measured choices by `key` for a card of TUNED_BY_CARD; None = any other."""
+    entries = json.loads(TUNED.read_text())
+    return entries if known is None else entries | json.loads(TUNED_BY_CARD[known].read_text())
+
+
 @functools.cache
-def _tuned() -> dict[tuple[str, int, int, str], list[tuple[int, Config | None]]]:
+def card() -> str | None:
+    """Which card of TUNED_BY_CARD this one is. REFUSION_CARD names it where kernels are compiled by processes that must not touch it."""
+    name = os.environ.get("REFUSION_CARD") or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
+    return next((known for known in TUNED_BY_CARD if known in name), None)
+
+
+@functools.cache
+def _tuned(known: str | None) -> dict[tuple[str, int, int, str], list[tuple[int, Config | None]]]:
     """Measured choices by product, in order of rows; an entry serves every number of rows down to the next smaller one."""
     table: dict[tuple[str, int, int, str], list[tuple[int, Config | None]]] = {}
-    for name, entry in json.loads(TUNED.read_text()).items():
+    for name, entry in tuned_entries(known).items():
         kind, num_out, num_in, num_rows, dtype = name.split(":")
         config = None if entry is None else Config(**entry)
         table.setdefault((kind, int(num_out), int(num_in), dtype), []).append((int(num_rows), config))

@@ -193,7 +193,8 @@ def _run(
 def _run_wide(x: Tensor, weight: Tensor, config: Config, bias: Tensor | None, residual: Tensor | None, is_gated: bool) -> Tensor:
     (num_rows, num_in), num_out = x.shape, weight.shape[0]
     assert weight.is_contiguous(), "weights are read as rows of K"
-    assert config.lanes == 1 and (config.owes_sum or config.split_k == 1), f"not for the kernel of many rows: {config}"
+    assert config.lanes == 1, f"the kernel of many rows knows no lanes: {config}"
+    assert config.owes_sum or config.split_k == 1, f"the kernel of many rows adds no parts up: {config}"
     assert not (config.owes_sum and (is_gated or residual is not None or bias is not None)), "parts are sums and nothing else"
     shape = (config.split_k, num_rows, num_out) if config.owes_sum else (num_rows, num_out // 2 if is_gated else num_out)
     out = torch.empty(shape, dtype=torch.float32 if config.owes_sum else x.dtype, device=x.device)
@@ -328,8 +329,8 @@ def linear_kernel(
         finish(acc, squares, first_row, weight_rows, first_column, scale, bias, residual, out, num_rows, residual_stride, eps,
                N, K, owes_norm, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, BLOCK_T, BLOCK_N)  # fmt: skip
         if EXTRA_T > 0:
-            finish(extra, extra_squares, first_row + BLOCK_T, weight_rows, first_column, scale, bias, residual, out, num_rows, residual_stride,
-                   eps, N, K, owes_norm, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, EXTRA_T, BLOCK_N)  # fmt: skip
+            finish(extra, extra_squares, first_row + BLOCK_T, weight_rows, first_column, scale, bias, residual, out, num_rows,
+                   residual_stride, eps, N, K, owes_norm, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, EXTRA_T, BLOCK_N)  # fmt: skip
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Sums that a product leaves to whoever reads them next: the residual stream plus the parts of a split K, added up by the norm behind it."""
+"""Sums that a product leaves to whoever reads them next: the residual stream plus the parts of a split K, added up by the norm behind."""
 
 from dataclasses import dataclass
 
@@ -37,9 +37,9 @@ class Owed:
         return rms_norm(self.residual, norm_weight, eps) if self.parts is None else _add(self, norm_weight, eps)
 
 
-def paid(x: Tensor | Owed) -> Tensor:
+def paid(hidden: Tensor | Owed) -> Tensor:
     """[T, K] rows, added up where they are owed."""
-    return x.paid() if isinstance(x, Owed) else x
+    return hidden.paid() if isinstance(hidden, Owed) else hidden
 
 
 def normed(x: Tensor | Owed, norm_weight: Tensor, eps: float) -> Tensor:
@@ -50,7 +50,8 @@ def normed(x: Tensor | Owed, norm_weight: Tensor, eps: float) -> Tensor:
 def _add(owed: Owed, norm_weight: Tensor | None, eps: float) -> Tensor:
     """The sum goes to the residual; returns its norm, or the residual without a `norm_weight`."""
     residual, parts = owed.residual, owed.parts
-    assert parts is not None and parts.is_contiguous()
+    assert parts is not None, "nothing is owed"
+    assert parts.is_contiguous(), "parts are read as rows of K"
     num_rows, width = residual.shape
     block = triton.next_power_of_2(width)
     out = residual if norm_weight is None else torch.empty((num_rows, width), dtype=residual.dtype, device=residual.device)

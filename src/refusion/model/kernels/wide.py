@@ -97,7 +97,7 @@ def wide_kernel(
 
 @triton.jit
 def rows_of_weight(first, N: tl.constexpr, IS_GATED: tl.constexpr, NUM: tl.constexpr):
-    """[NUM] rows of the weight from `first` on, the last one again past the end; gate and up rows take turns, so that pairs stay together."""
+    """[NUM] rows of the weight from `first` on, the last one again past the end; gate and up rows take turns: pairs stay together."""
     place = first + tl.arange(0, NUM)
     if IS_GATED:
         return tl.minimum(place // 2, N // 2 - 1) + place % 2 * (N // 2)
