@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,12 +128,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=None, help="directory for kernels_attention.json")
     parser.add_argument("--compare", type=Path, default=None, help="kernels_attention.json of an earlier run")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cases, as '8B 1x192*'")
     parser.add_argument("--budget-seconds", type=float, default=70, help="stop before the next case after so long")
     parser.add_argument("--workers", type=int, default=16, help="processes that compile ahead; 0: compile as needed")
     parser.add_argument("--tiny", action="store_true", help="toy shapes in the interpreter: times mean nothing")
     args = parser.parse_args()
     deadline = time.monotonic() + args.budget_seconds
     work = [(TINY[0], case) for case in TINY[1]] if args.tiny else [(shape, case) for case in CASES for shape in (EIGHT_B, SMALL)]
+    work = [(shape, case) for shape, case in work if any(fnmatchcase(f"{shape.name} {case.name}", pattern) for pattern in args.only)]
     shapes = list(dict.fromkeys(shape for shape, _ in work))
     if not args.tiny:
         compile_ahead(work, args.workers)
@@ -240,8 +243,8 @@ def cuts(tile_rows: int, head_dim: int) -> list[tuple[int, int, int]]:
     if tile_rows <= 16:
         return [(64, 4, 2), (128, 4, 2), (128, 8, 2)]
     if tile_rows <= 64:
-        return [(64, 4, 2), (128, 4, 2)]
-    return [(64, 8, 2), (64, 8, 3), (128, 8, 2)] if head_dim > 64 else [(64, 8, 2), (64, 8, 3)]
+        return [(64, 4, 2), (128, 4, 2), (64, 4, 3), (64, 8, 2)] if head_dim > 64 else [(64, 4, 2), (128, 4, 2)]
+    return [(64, 8, 2), (64, 8, 3), (128, 8, 2), (128, 8, 3), (64, 4, 3)] if head_dim > 64 else [(64, 8, 2), (64, 8, 3)]
 
 
 class Batch:
