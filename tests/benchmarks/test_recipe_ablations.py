@@ -82,14 +82,15 @@ def test_an_arm_is_trained_measured_and_not_repeated(script: Script, tmp_path: P
 def test_out_of_time_it_says_what_is_missing_and_a_failed_arm_leaves_the_others(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, err = script("--arms", "base", "--seconds", 20)  # enough to measure what needs no training
+    steps = ("--steps", 10_000)  # more than any machine takes in that time
+    code, err = script("--arms", "base", "--seconds", 20, *steps)  # enough to measure what needs no training
     assert code == 0, err
     assert "out of time for base; the same command goes on from here" in err
     settings = read_result(tmp_path / "out.json")["settings"]
     assert (settings["is_complete"], settings["missing"]) == (False, ["base"])
 
     monkeypatch.setattr(sys, "executable", "/bin/false")  # every training fails at once
-    code, err = script("--arms", "base", "slots of 4")
+    code, err = script("--arms", "base", "slots of 4", *steps)
     assert code == 1
     assert "base failed: ended with 1: without a word" in err
     content = read_result(tmp_path / "out.json")
