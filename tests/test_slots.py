@@ -186,6 +186,90 @@ def test_keyed_uniforms_are_uniform_and_independent_of_their_neighbours() -> Non
     assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03
 
 
+@pytest.mark.parametrize(
+    ("clean_order", "clean_ids", "clean_positions", "clean_labels", "masked_positions", "masked_labels"),
+    [
+        ([2, 0], [1, 20, 21, 22, 23], [10, 2, 3, 4, 5], [IGNORED, 21, 22, 23, IGNORED], [6, 7, 8, 9], [1] * 4),
+        ([1], [1], [6], [IGNORED], [2, 3, 4, 5, 10, 11, 12, 13], [20, 21, 22, 23, 1, 1, 1, 1]),
+        ([0, 1, 2], [20, 21, 22, 23, 1, 1], [2, 3, 4, 5, 6, 10], [21, 22, 23, IGNORED, IGNORED, IGNORED], [], []),
+    ],
+)
+def test_slots_behind_the_end_are_masks_for_eos_and_stand_clean_through_their_first_eos(
+    clean_order: list[int],
+    clean_ids: list[int],
+    clean_positions: list[int],
+    clean_labels: list[int],
+    masked_positions: list[int],
+    masked_labels: list[int],
+) -> None:
+    """20 21 22 23 | 1 (EOS) and three more | four behind the end."""
+    order = np.array(clean_order, dtype=np.int64)
+    row = permuted_row([10, 11], [20, 21, 22, 23, 1], cut_slots(12, 4), order, mask_token_id=MASK, mask_probability=0.5)
+    num_clean, num_masked = 2 + len(clean_ids), len(masked_labels)
+    assert row.input_ids.tolist() == [10, 11, *clean_ids, *[MASK] * num_masked]
+    assert row.position_ids.tolist() == [0, 1, *clean_positions, *masked_positions]
+    assert row.labels.tolist() == [IGNORED, IGNORED, *clean_labels, *masked_labels]
+    assert row.is_masked.tolist() == [False] * num_clean + [True] * num_masked
+    has_next = [label != IGNORED for label in clean_labels]
+    assert row.weights.tolist() == [0, 0, *map(float, has_next), *[1 / (0.5 * 12)] * num_masked]
+    text = [10, 11, 20, 21, 22, 23, 1]
+    for label, teacher, term in zip(row.labels, row.teacher_rows, row.terms, strict=True):
+        assert (teacher >= 0) == (term == AR_TERM)
+        assert teacher < 0 or text[teacher + 1] == label
+    assert (_seen(row) == np.tril(np.ones((len(row.labels),) * 2, dtype=bool))).all()
+
+
+@pytest.mark.parametrize(
+    ("first", "masked_positions", "masked_labels"),
+    [
+        (1, [2, 3, 4, 5, 6], [20, 21, 22, 23, 1]),
+        (2, [2, 3, 4, 5, 6, 7], [20, 21, 22, 23, 1, 1]),
+        (4, [2, 3, 4, 5, 6, 7, 8, 9], [20, 21, 22, 23, 1, 1, 1, 1]),
+    ],
+)
+def test_the_last_slot_of_a_serial_row_goes_on_behind_the_end(first: int, masked_positions: list[int], masked_labels: list[int]) -> None:
+    prompt, answer = [10, 11], [20, 21, 22, 23, 1]
+    seed = next(s for s in range(100) if row_generator(s, 0, 0).integers(1, 5) == first)
+    row, plain = (
+        serial_row(prompt, answer, mask_token_id=MASK, generator=row_generator(seed, 0, 0), slot_size=4, num_behind=n) for n in (3, 0)
+    )
+    num_masked = len(masked_labels)
+    assert row.input_ids.tolist() == [*prompt, *answer, *[MASK] * num_masked]
+    assert row.position_ids.tolist() == [*range(7), *masked_positions]
+    assert row.labels.tolist() == [IGNORED, *answer, IGNORED, *masked_labels]
+    assert row.weights.tolist() == [0, *[1] * 5, 0, *[1 / num_masked] * num_masked]
+    assert (row.terms[:7] == plain.terms[:7]).all()
+    for name in ("input_ids", "position_ids", "labels", "terms", "visible", "group", "teacher_rows"):
+        assert getattr(row, name)[: len(plain.labels)].tolist() == getattr(plain, name).tolist(), name
+    last = len(row.labels) - 1
+    assert np.flatnonzero(_seen(row)[last]).tolist() == [*range(2 + first), *np.flatnonzero(row.group == row.group.max())]
+
+
+@given(lengths, seeds, st.sampled_from([1, 4, 8, 32]), st.integers(0, 40), st.booleans())
+def test_behind_the_end_masks_predict_its_eos_and_nothing_else_is_predicted(
+    sizes: tuple[int, int], seed: int, k: int, num_behind: int, is_serial: bool
+) -> None:
+    prompt, answer = _pair(sizes)
+    end = 100 + len(prompt) + len(answer) - 1  # the EOS
+    make = serial_row if is_serial else permute_slots
+    row = make(prompt, answer, mask_token_id=MASK, generator=row_generator(seed, 0, 0), slot_size=k, num_behind=num_behind)
+    is_masked = row.is_masked
+    assert (row.labels[is_masked] == np.minimum(100 + row.position_ids[is_masked], end)).all()
+    clean = row.terms == AR_TERM
+    assert (row.labels[clean] == row.input_ids[clean] + 1).all()
+    assert row.position_ids[clean].max(initial=0) < len(prompt) + len(answer) - 1, "nothing is predicted from an EOS"
+    assert row.position_ids.max() < len(prompt) + len(answer) + num_behind
+    assert np.allclose(row.weights[is_masked], 1 / (row.mask_probability * row.answer_length))
+    if is_serial:
+        assert is_masked.sum() == row.answer_length
+        assert row.answer_length - len(answer) <= min(num_behind, k - 1)
+    else:
+        assert row.answer_length == len(answer) + num_behind
+        behind = np.flatnonzero(~is_masked & (row.position_ids >= len(prompt) + len(answer)))
+        assert ((row.position_ids[behind] - len(prompt)) % k == 0).all(), "a clean slot behind the end is its first EOS alone"
+        assert (row.input_ids[behind] == end).all()
+
+
 def test_slots_are_cut_as_documented() -> None:
     assert cut_slots(10, 4).tolist() == [0, 4, 8, 10]
     assert cut_slots(10, 4, 1).tolist() == [0, 1, 5, 9, 10]

@@ -47,6 +47,7 @@ class SlotRow:
     mask_probability: float | FloatArray
     """p of the masking draw, or [T] where tokens differ in it; masked targets weigh num_units / (p * answer_length)."""
     answer_length: int
+    """|answer| of the weights: answer tokens that masks may stand for, those behind its end included."""
     slot_size: int
     num_units: int = 1
     """The row's share in the normaliser of the MDM term: 1 for a mean over documents, answer_length for a mean over answer tokens."""
@@ -100,14 +101,16 @@ def permute_slots(
     slot_sizes: Sequence[int] = DEFAULT_SLOT_SIZES,
     keep_text_order: bool = False,
     noise: Noise = "uniform",
+    num_behind: int = 0,
 ) -> SlotRow:
     """Corrupt one example as the paper does: prompt | clean slots in random order | masked slots in text order.
 
     Draws, in this order: the slot size (unless given), the masking probability p as `noise` says (`mask_probability`), which slots are
-    masked with probability p each, the order of the clean ones (kept as in the text with `keep_text_order`). The answer must not be empty.
+    masked with probability p each, the order of the clean ones (kept as in the text with `keep_text_order`). The answer must not be empty;
+    the slots go on for `num_behind` tokens behind its end (`permuted_row`).
     """
     size = int(generator.choice(_array(slot_sizes))) if slot_size is None else slot_size
-    borders = cut_slots(len(answer_ids), size)
+    borders = cut_slots(len(answer_ids) + num_behind, size)
     probability = mask_probability(float(generator.random()), noise)
     is_masked_slot = generator.random(len(borders) - 1) < probability
     clean_order = np.flatnonzero(~is_masked_slot).astype(np.int64)
@@ -139,29 +142,37 @@ def permuted_row(
 
     A clean token predicts the next token of its own slot (a slot's last token nothing), a masked token itself. Physical order is plain
     causal, so the masked tokens see everything before them.
+
+    Where `borders` go on behind the answer, its last token, an EOS, fills them. A clean slot stands through its first EOS only, as decoding
+    commits it, so nothing is predicted from an EOS: decoding never goes on behind one. Slots behind the end are drawn like any others, so
+    that masks also see an EOS that stands later than the text needs, which decoding may commit.
     """
-    prompt, answer = _array(prompt_ids), _array(answer_ids)
-    num_prompt, length = len(prompt), len(answer)
+    num_prompt, num_told = len(prompt_ids), len(answer_ids)
+    prompt, answer = _array(prompt_ids), _going_on(_array(answer_ids), int(borders[-1]))
+    length = len(answer)
     slot_of = np.repeat(np.arange(len(borders) - 1), np.diff(borders))  # [A]
     rank = np.full(len(borders) - 1, -1, dtype=np.int64)
     rank[clean_order] = np.arange(len(clean_order))
     token_rank = rank[slot_of]
     is_clean = token_rank >= 0
-    clean = np.flatnonzero(is_clean)
+    is_told = np.arange(length) < num_told
+    is_told[borders[:-1]] = True  # a slot behind the end has its first EOS in front
+    clean = np.flatnonzero(is_clean & is_told)
     clean = clean[np.argsort(token_rank[clean], kind="stable")]  # answer positions in physical order
     masked = np.flatnonzero(~is_clean)
 
     ends_slot = np.zeros(length, dtype=np.bool_)
     ends_slot[borders[1:] - 1] = True
+    ends_slot[num_told - 1 :] = True
     clean_labels = np.where(ends_slot[clean], IGNORED, answer[np.minimum(clean + 1, length - 1)])
-    num_clean, num_masked, total = len(clean), len(masked), num_prompt + length
+    num_clean, num_masked = len(clean), len(masked)
     has_target = clean_labels != IGNORED
     return SlotRow(
         input_ids=np.concatenate([prompt, answer[clean], np.full(num_masked, mask_token_id, dtype=np.int64)]),
         position_ids=np.concatenate([np.arange(num_prompt), num_prompt + clean, num_prompt + masked]),
         labels=np.concatenate([np.full(num_prompt, IGNORED, dtype=np.int64), clean_labels, answer[masked]]),
         terms=np.concatenate([np.zeros(num_prompt, np.int64), np.where(has_target, AR_TERM, NO_TERM), np.full(num_masked, MDM_TERM)]),
-        visible=np.minimum(np.arange(total) + 1, num_prompt + num_clean),
+        visible=np.minimum(np.arange(num_prompt + num_clean + num_masked) + 1, num_prompt + num_clean),
         group=np.concatenate([np.zeros(num_prompt + num_clean, np.int64), np.ones(num_masked, np.int64)]),
         teacher_rows=np.concatenate([np.full(num_prompt, -1), np.where(has_target, num_prompt + clean, -1), np.full(num_masked, -1)]),
         mask_probability=mask_probability,
@@ -180,17 +191,22 @@ def serial_row(
     max_groups: int | None = None,
     max_length: int | None = None,
     has_border_targets: bool = True,
+    num_behind: int = 0,
 ) -> SlotRow:
     """The whole answer clean in text order, then one mask group per slot that sees prompt and answer *before* the slot only.
 
     Every answer token is an AR target and every slot is a masked target too, with p = 1. The first cut falls after 1..slot_size tokens, so
     cuts fall everywhere. `max_groups` and `max_length` keep a random subset of the slots where a row would get too long. Without
     `has_border_targets` the first token of a slot is no AR target, as in the paper's layout.
+
+    The answer's last slot goes on for up to `num_behind` tokens of its last token, an EOS. There are no further slots: a group sees the
+    text before it, and decoding plans nothing where that holds an EOS. The clean text and its targets end with the answer.
     """
     prompt, answer = _array(prompt_ids), _array(answer_ids)
     num_prompt, length = len(prompt), len(answer)
     total = num_prompt + length
-    borders = cut_slots(length, slot_size, int(generator.integers(1, slot_size + 1)))
+    borders = cut_slots(length + num_behind, slot_size, int(generator.integers(1, slot_size + 1)))
+    borders = borders[: np.searchsorted(borders, length) + 1]
     slots = _chosen_slots(np.diff(borders), max_groups, None if max_length is None else max_length - total, generator)
     lengths = np.diff(borders)[slots]
     starts = np.repeat(borders[slots], lengths)  # [M] start of the slot of each mask token
@@ -203,13 +219,13 @@ def serial_row(
     return SlotRow(
         input_ids=np.concatenate([prompt, answer, np.full(num_masked, mask_token_id, dtype=np.int64)]),
         position_ids=np.concatenate([plain.position_ids, num_prompt + masked]),
-        labels=np.concatenate([plain.labels, answer[masked]]),
+        labels=np.concatenate([plain.labels, _going_on(answer, int(borders[-1]))[masked]]),
         terms=np.concatenate([plain.terms, np.full(num_masked, MDM_TERM)]),
         visible=np.concatenate([plain.visible, num_prompt + starts]),
         group=np.concatenate([plain.group, np.repeat(np.arange(1, len(lengths) + 1), lengths)]),
         teacher_rows=np.concatenate([plain.teacher_rows, np.where(inside == 0, num_prompt + masked - 1, -1)]),
         mask_probability=1.0,
-        answer_length=length,
+        answer_length=int(borders[-1]),
         slot_size=slot_size,
     )
 
@@ -238,6 +254,11 @@ def autoregressive_row(prompt_ids: Sequence[int] | IntArray, answer_ids: Sequenc
         answer_length=len(answer),
         slot_size=len(answer),
     )
+
+
+def _going_on(answer: IntArray, length: int) -> IntArray:
+    """The answer, then its last token up to `length` tokens."""
+    return np.pad(answer, (0, length - len(answer)), mode="edge")
 
 
 def _without_targets(row: SlotRow, index: IntArray) -> SlotRow:

@@ -7,11 +7,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from refusion.evaluation.results import read_result
 from refusion.synthesis.jsonl import write_rows
+from refusion.training.recipe import changed_settings, load_recipe
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 Script = Callable[..., tuple[int, str]]
@@ -80,18 +82,31 @@ def test_an_arm_is_trained_measured_and_not_repeated(script: Script, tmp_path: P
 def test_out_of_time_it_says_what_is_missing_and_a_failed_arm_leaves_the_others(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, err = script("--arms", "base", "--seconds", 20)  # enough to measure what needs no training
+    steps = ("--steps", 10_000)  # more than any machine takes in that time
+    code, err = script("--arms", "base", "--seconds", 20, *steps)  # enough to measure what needs no training
     assert code == 0, err
     assert "out of time for base; the same command goes on from here" in err
     settings = read_result(tmp_path / "out.json")["settings"]
     assert (settings["is_complete"], settings["missing"]) == (False, ["base"])
 
     monkeypatch.setattr(sys, "executable", "/bin/false")  # every training fails at once
-    code, err = script("--arms", "base", "slots of 4")
+    code, err = script("--arms", "base", "slots of 4", *steps)
     assert code == 1
     assert "base failed: ended with 1: without a word" in err
     content = read_result(tmp_path / "out.json")
     assert (content["settings"]["failed"], len(content["runs"])) == (["base", "slots of 4"], 1)
+
+
+def test_every_arm_is_a_recipe_that_differs_from_the_one_it_is_put_against() -> None:
+    arms: list[Any] = runpy.run_path(str(BENCHMARKS / "recipe_arms.py"))["arms"]()
+    recipe = BENCHMARKS.parent / "recipes" / "comparison" / "refusion.toml"
+    tables = {arm.label: load_recipe(recipe, arm.changes).to_table() for arm in arms}
+    assert len({arm.name for arm in arms}) == len(tables) == len(arms)
+    for arm in arms:
+        changed = set(changed_settings(tables["base"], tables[arm.label]))
+        assert changed <= {change.partition("=")[0] for change in arm.changes}
+        assert arm.against in tables
+        assert tables[arm.against] != tables[arm.label] or arm.length != 1 or arm.label == "base"
 
 
 def test_an_arm_that_is_none_is_named(script: Script) -> None:

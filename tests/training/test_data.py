@@ -237,6 +237,17 @@ def test_tokenised_rows_on_disk_are_those_in_memory_and_are_made_once(
     assert len(changed) == 3
 
 
+def test_cached_rows_are_not_those_of_another_padding(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Which rows fit a packed row depends on what their answers are padded to."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps({"prompt_ids": [20] * 90, "answer_ids": [30, 31]}) + "\n")
+    settings = DataSettings(sources=(Source(path=str(path)),), pack_length=128, cache=str(tmp_path / "cache"))
+    for padding, count in ((0, 2), (64, 1)):
+        objective = ObjectiveSettings(name="masked_diffusion", pad_answers=padding)
+        found = load_examples(settings, tokenizer=tokenizer, mask_token_id=16, vocab_size=49152, objective=objective)
+        assert (len(found), found.num_too_long) == (count, 2 - count)
+
+
 def test_a_failed_tokenisation_leaves_nothing_in_the_cache(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for _ in range(2):
         with pytest.raises(DataError, match="line 2"):

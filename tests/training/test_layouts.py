@@ -21,7 +21,7 @@ from refusion.training.recipe import ObjectiveSettings
 
 MASK = 2
 TOLERANCE = 2e-5  # float32 sums in another order
-NAMES = ("refusion", "autoregressive", "masked_diffusion", "block_diffusion")
+NAMES = ("refusion", "autoregressive", "masked_diffusion", "block_diffusion", "refusion behind the end")
 
 
 @pytest.fixture(scope="module")
@@ -215,14 +215,44 @@ def test_padded_answers_end_in_as_many_eos_as_fill_a_region(name: str) -> None:
         assert layout.lengths(0, np.array([0]), *lengths)[0] == shortest_lengths(objective, *lengths)[0] == len(row.input_ids)
 
 
+@pytest.mark.parametrize("groups", [0, 2])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_refusion_goes_on_behind_the_end_as_far_as_a_packed_row_has_room(share: float, groups: int) -> None:
+    objective = ObjectiveSettings(serial_share=share, serial_groups=groups, pad_answers=32)
+    layout = make_layout(objective, mask_token_id=MASK, seed=0, pack_length=64)
+    reached = 0
+    for i in range(200):
+        prompt, answer = _pair(4, 1 + i % 60, i)
+        row, lengths = layout.row(0, i, prompt, answer), (np.array([4]), np.array([len(answer)]))
+        assert len(row.input_ids) <= layout.lengths(0, np.array([i]), *lengths)[0] <= 64
+        assert shortest_lengths(objective, *lengths)[0] == 4 + len(answer)
+        assert row.position_ids.max() < min(4 + len(answer) + -len(answer) % 32, 64)
+        behind = row.position_ids >= 4 + len(answer)
+        assert (row.labels[behind & row.is_masked] == answer[-1]).all()
+        reached += int(behind.sum())
+    assert reached > 200
+
+
+def test_an_answer_that_fills_its_multiple_has_the_rows_that_it_has_without_padding() -> None:
+    plain, padded = (
+        make_layout(ObjectiveSettings(serial_share=0.5, pad_answers=n), mask_token_id=MASK, seed=0, pack_length=256) for n in (0, 8)
+    )
+    for i in range(50):
+        prompt, answer = _pair(3, 8 * (1 + i % 5), i)
+        row, expected = padded.row(0, i, prompt, answer), plain.row(0, i, prompt, answer)
+        for field in ("input_ids", "labels", "weights", "terms", "visible", "group", "position_ids", "teacher_rows"):
+            assert np.array_equal(getattr(row, field), getattr(expected, field)), field
+
+
 def test_padding_is_for_objectives_that_fill_regions() -> None:
     with pytest.raises(ConfigError, match=r"objective\.pad_answers = 8 must be left out: it has no effect on the autoregressive objective"):
         ObjectiveSettings(name="autoregressive", pad_answers=8)
 
 
 def _objective(name: str) -> ObjectiveSettings:
-    options = {"refusion": {"serial_share": 0.5}, "block_diffusion": {"block_size": 8}}
-    return ObjectiveSettings(name=name, **options.get(name, {}))  # pyright: ignore[reportArgumentType]
+    behind = {"name": "refusion", "serial_share": 0.5, "pad_answers": 16}
+    options = {"refusion": {"serial_share": 0.5}, "block_diffusion": {"block_size": 8}, "refusion behind the end": behind}
+    return ObjectiveSettings(**{"name": name, **options.get(name, {})})  # pyright: ignore[reportArgumentType]
 
 
 def _pair(num_prompt: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -142,8 +142,9 @@ def test_packed_documents_have_the_losses_of_padded_ones(golden_model: PreTraine
     torch.testing.assert_close(together["mdm"], mdm, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_packed_loss_equals_hybrid_loss_on_whole_logits(golden_model: PreTrainedModel) -> None:
-    documents = [_permuted(4 + i, 20 + 3 * i, i) for i in range(3)]
+@pytest.mark.parametrize("num_behind", [0, 9])
+def test_packed_loss_equals_hybrid_loss_on_whole_logits(golden_model: PreTrainedModel, num_behind: int) -> None:
+    documents = [_permuted(4 + i, 20 + 3 * i, i, num_behind) for i in range(3)]
     length = 64
     packed = _normalised(pack_batch([[d] for d in documents], length, pad_id=2))
     terms = packed_loss(golden_model, packed, LossSettings())
@@ -251,8 +252,9 @@ def _ids(num_prompt: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.nd
     return generator.integers(5, 100, num_prompt), generator.integers(5, 100, length)
 
 
-def _permuted(num_prompt: int, length: int, seed: int = 0) -> Any:
-    return permute_slots(*_ids(num_prompt, length, seed), mask_token_id=2, generator=row_generator(0, 0, seed))
+def _permuted(num_prompt: int, length: int, seed: int = 0, num_behind: int = 0) -> Any:
+    pair, generator = _ids(num_prompt, length, seed), row_generator(0, 0, seed)
+    return permute_slots(*pair, mask_token_id=2, generator=generator, num_behind=num_behind)
 
 
 def _serial(num_prompt: int, length: int, seed: int = 0) -> Any:

@@ -53,7 +53,10 @@ def test_seeds_reproduce_a_run_and_another_seed_gives_another(tmp_path: Path, sm
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("objective", [{}, {"distill": 0.5}, {"name": "autoregressive"}, {"name": "block_diffusion", "block_size": 8}])
+@pytest.mark.parametrize(
+    "objective",
+    [{}, {"distill": 0.5, "pad_answers": 16}, {"name": "autoregressive"}, {"name": "block_diffusion", "block_size": 8}],
+)
 def test_accumulated_micro_batches_equal_one_big_batch(
     tmp_path: Path, small_recipe: Build, final_weights: Weights, objective: dict[str, object]
 ) -> None:

@@ -48,7 +48,7 @@ class Corruption:
         return make_layout(self.objective, mask_token_id=self.mask_token_id, seed=self.seed, pack_length=self.pack_length)
 
     def lengths(self, epoch: int, ids: IntArray) -> IntArray:
-        """[D] an upper bound, nearly always exact, of each row's length, without building it. `ids` count copies: id % N is the example."""
+        """[D] an upper bound of each row's length, without building it (`Layout.lengths`). `ids` count copies: id % N is the example."""
         index = ids % len(self.examples)
         return self.layout.lengths(epoch, ids, self.examples.prompt_lengths[index], self.examples.answer_lengths[index])
 

@@ -216,7 +216,8 @@ def _fingerprint(encoders: Sequence[RowEncoder], settings: DataSettings) -> str:
     first = encoders[0]
     paths = [path for encoder in encoders for path in source_files(encoder.source)] + list(settings.exclude)
     files = [(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths]
-    limits = (first.limits.pack_length, first.limits.context_length, first.limits.objective.name, first.limits.objective.block_size)
+    objective = first.limits.objective
+    limits = (first.limits.pack_length, first.limits.context_length, objective.name, objective.block_size, objective.pad_answers)
     sources = [dataclasses.asdict(encoder.source) for encoder in encoders]
     tokenizer = None if first.tokenizer is None else first.tokenizer.fingerprint
     what = [CACHE_VERSION, sources, files, limits, first.mask_token_id, first.vocab_size, settings.max_skipped, tokenizer]

@@ -40,7 +40,7 @@ class Layout(Protocol):
         ...
 
     def lengths(self, epoch: int, ids: IntArray, prompt: IntArray, answer: IntArray) -> IntArray:
-        """[D] an upper bound, nearly always exact, of each row's length, from the lengths [D] of prompts and answers."""
+        """[D] an upper bound of each row's length, from the lengths [D] of prompts and answers; exact but where draws decide."""
         ...
 
 
@@ -57,6 +57,8 @@ def make_layout(objective: ObjectiveSettings, *, mask_token_id: int, seed: int, 
 
 def shortest_lengths(objective: ObjectiveSettings, prompt: IntArray, answer: IntArray) -> IntArray:
     """[D] the fewest tokens that a row of each example can have; one that is longer than a packed row cannot be trained on."""
+    if objective.name == "refusion":
+        return prompt + answer  # what does not fit behind the end is left out
     answer = _padded_lengths(answer, objective.pad_answers)
     if objective.name == "block_diffusion":
         return prompt + 2 * answer - _last_block(answer, objective.block_size)
@@ -65,7 +67,10 @@ def shortest_lengths(objective: ObjectiveSettings, prompt: IntArray, answer: Int
 
 @dataclass(frozen=True, slots=True)
 class ReFusionLayout:
-    """Slots by diffusion, inside a slot left to right: the paper's layout, or the serial one for a share of the examples."""
+    """Slots by diffusion, inside a slot left to right: the paper's layout, or the serial one for a share of the examples.
+
+    With `pad_answers` slots go on behind the end of the answer, as far as a packed row has room.
+    """
 
     settings: ObjectiveSettings
     mask_token_id: int
@@ -76,6 +81,7 @@ class ReFusionLayout:
         ids = np.array([example_id])
         generator = row_generator(self.seed, epoch, example_id)
         slot_size = int(self._slot_sizes(epoch, ids)[0])
+        num_behind = int(self._num_behind(np.array([len(prompt)]), np.array([len(answer)]))[0])
         if self._is_serial(epoch, ids)[0]:
             return serial_row(
                 prompt,
@@ -86,6 +92,7 @@ class ReFusionLayout:
                 max_groups=self.settings.serial_groups or None,
                 max_length=self.pack_length,
                 has_border_targets=self.settings.serial_borders,
+                num_behind=num_behind,
             )
         keeps_order = keyed_uniforms(self.seed, epoch, ids, TEXT_ORDER_STREAM)[0] < self.settings.text_order_share
         return permute_slots(
@@ -96,13 +103,20 @@ class ReFusionLayout:
             slot_size=slot_size,
             keep_text_order=bool(keeps_order),
             noise=self.settings.noise,
+            num_behind=num_behind,
         )
 
     def lengths(self, epoch: int, ids: IntArray, prompt: IntArray, answer: IntArray) -> IntArray:
-        masked = np.where(self._is_serial(epoch, ids), answer, 0)
+        sizes, num_behind = self._slot_sizes(epoch, ids), self._num_behind(prompt, answer)
+        masked = answer + np.minimum(num_behind, sizes - 1)  # of a serial row
         if self.settings.serial_groups:
-            masked = np.minimum(masked, self.settings.serial_groups * self._slot_sizes(epoch, ids))
-        return np.minimum(prompt + answer + masked, self.pack_length)
+            masked = np.minimum(masked, self.settings.serial_groups * sizes)
+        longer = np.where(self._is_serial(epoch, ids), masked, num_behind)
+        return np.minimum(prompt + answer + longer, self.pack_length)
+
+    def _num_behind(self, prompt: IntArray, answer: IntArray) -> IntArray:
+        """[D] tokens behind the answer's end."""
+        return np.minimum(_padded_lengths(answer, self.settings.pad_answers) - answer, np.maximum(self.pack_length - prompt - answer, 0))
 
     def _is_serial(self, epoch: int, ids: IntArray) -> np.ndarray:
         return keyed_uniforms(self.seed, epoch, ids, LAYOUT_STREAM) < self.settings.serial_share

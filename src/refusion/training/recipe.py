@@ -145,7 +145,7 @@ _USED_BY = {
     "teacher": ("refusion", "autoregressive"),
     "ar_weight": ("refusion",),
     "block_size": ("block_diffusion",),
-    "pad_answers": ("masked_diffusion", "block_diffusion"),
+    "pad_answers": ("refusion", "masked_diffusion", "block_diffusion"),
 }
 """Settings that not every objective reads, and those that do."""
 
@@ -181,7 +181,8 @@ class ObjectiveSettings:
     """Answer tokens in a block of block_diffusion."""
     pad_answers: int = 0
     """Answers of masked_diffusion and block_diffusion are padded with their EOS to a multiple of so many tokens, which are learnt like any
-    others (LLaDA): decoding fills regions of fixed size. 0 = no padding."""
+    others (LLaDA): decoding fills regions of fixed size. In refusion the padding is there for masks alone, whose last slots reach behind
+    the end; a multiple of slot_sizes leaves no slot short. 0 = no padding."""
     chunk_size: int = 4096
     """Targets that go through the output head at once."""
 
