@@ -35,7 +35,7 @@ from refusion.engine.build import flat_network
 from refusion.engine.network import FlatNetwork, KeyValues
 from refusion.engine.ops import TritonOps
 from refusion.engine.settings import EngineSettings
-from refusion.engine.shapes import LONE_TILE_ROWS, tile_rows
+from refusion.engine.shapes import LONE_TILE_ROWS, LONG_CONTEXT, tile_rows
 from refusion.evaluation.results import Figure, Result, Run, to_plain, write_result
 from refusion.evaluation.statistics import Interval
 from refusion.model.cache import KVCache
@@ -270,7 +270,7 @@ def static_forward(bench: Bench, width: int) -> Forward:
     pages = torch.arange(-(-bench.cached // PAGE_SIZE), dtype=torch.int32, device=device)[None]
     spans = Spans(zero + bench.cached, zero, zero, zero, zero + width, pages, PAGE_SIZE)
     block = (bench.tile_rows or tile_rows(width, bench.cached)) if width > 1 else LONE_TILE_ROWS
-    tiles = plain_tiles(spans, block, -(-width // block))
+    tiles = plain_tiles(spans, block, -(-width // block), width > 1 and bench.cached > LONG_CONTEXT)
     pool, new = bench.random_cache(pages.numel() * PAGE_SIZE), KeyValues.empty(bench.config, width, device, bench.model.dtype)
     bias = torch.zeros(bench.config.vocab_size, device=device)
     given = torch.zeros(width, dtype=torch.int32, device=device)

@@ -32,6 +32,7 @@ if "--tiny" in sys.argv:
 import torch
 from torch import Tensor
 
+from refusion.engine.shapes import LONG_CONTEXT
 from refusion.model import attention_ops
 from refusion.model.kernels import launch, rotary, store
 from refusion.model.kernels.attention import Workspace, attend
@@ -205,7 +206,8 @@ def variants_of(shape: Shape, case: Case, num_parts: int) -> Iterator[tuple[str,
     for block in case.blocks:
         tile_rows = padded_rows(block, shape.num_groups)
         tiles = num_tiles(case, block)
-        default = choose_config(tiles, shape.num_kv_heads, tile_rows, shape.head_dim, torch.bfloat16, num_parts)
+        is_long = case.cached > LONG_CONTEXT and case.rows > 1
+        default = choose_config(tiles, shape.num_kv_heads, tile_rows, shape.head_dim, torch.bfloat16, num_parts, is_long)
         yield "default", Variant(block, default)
         if block == case.blocks[0] and (case in OPTIONS_OF.get(shape.name, ()) or device().type == "cpu"):
             for label, changes in OPTIONS.items():
@@ -243,7 +245,7 @@ def cuts(tile_rows: int, head_dim: int) -> list[tuple[int, int, int]]:
     if tile_rows <= 16:
         return [(64, 4, 2), (128, 4, 2), (128, 8, 2)]
     if tile_rows <= 64:
-        return [(64, 4, 2), (128, 4, 2), (64, 4, 3), (64, 8, 2)] if head_dim > 64 else [(64, 4, 2), (128, 4, 2)]
+        return [(128, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 4), (32, 4, 6)] if head_dim > 64 else [(64, 4, 2), (128, 4, 2), (64, 4, 3)]
     return [(64, 8, 2), (64, 8, 3), (128, 8, 2), (128, 8, 3), (64, 4, 3)] if head_dim > 64 else [(64, 8, 2), (64, 8, 3)]
 
 

@@ -165,7 +165,7 @@ class Lane:
 
     def tiles_of(self, shape: Shape) -> Tiles:
         """The same as tiles."""
-        return Tiles(*self.tile_buffer(shape), block=shape.block)
+        return Tiles(*self.tile_buffer(shape), block=shape.block, is_long=shape.is_long)
 
 
 def new_lane(

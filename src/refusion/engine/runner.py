@@ -21,7 +21,7 @@ from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.sliding_rounds import SlidingRounds
 from refusion.engine.lanes import Captured, Lane, LaneKey, new_lane
 from refusion.engine.network import FlatNetwork, KeyValues
-from refusion.engine.shapes import LONE_TILE_ROWS, PROMPT_ROWS, TILE_ROWS, Shape, at_least, row_bucket, tile_rows
+from refusion.engine.shapes import LONE_TILE_ROWS, LONG_CONTEXT, PROMPT_ROWS, TILE_ROWS, Shape, at_least, row_bucket, tile_rows
 from refusion.errors import RequestError
 from refusion.model.rows import PADDING, PROMPT, Rows, Spans
 
@@ -250,8 +250,10 @@ class Runner:
         if num_prompt_rows:
             rows = max(rows, fewest_rows(lane.key, num_seats))
         rows = row_bucket(rows, num_seats, has_prompt=num_prompt_rows > 0)
-        tile = TILE_ROWS if self.has_fixed_tiles else tile_rows(num_prompt_rows + rows, num_cached)
-        return Shape(num_seats, num_prompt_rows, rows, candidates, tile)
+        if self.has_fixed_tiles:
+            return Shape(num_seats, num_prompt_rows, rows, candidates, TILE_ROWS)
+        tile = tile_rows(num_prompt_rows + rows, num_cached)
+        return Shape(num_seats, num_prompt_rows, rows, candidates, tile, num_cached > LONG_CONTEXT)
 
     def _write_prompt(self, shape: Shape, prompt: PromptRows) -> None:
         """Leave the numbers of all prompt rows, the spans of the seats and the query tiles where the forward fetches them."""

@@ -26,6 +26,8 @@ class Shape(NamedTuple):
     candidates: int
     block: int
     """Rows of a query tile."""
+    is_long: bool = False
+    """Some context is longer than LONG_CONTEXT, and more than one row of a request reads it."""
 
     @property
     def num_prompt_tiles(self) -> int:
@@ -49,7 +51,7 @@ def tile_rows(num_rows: int, num_cached: int = 0) -> int:
     Small tiles make more programs and shorter merges, large ones read the context less often (`results/attention-cuts-h100.json`).
     """
     if num_cached > LONG_CONTEXT:
-        return 16 if num_rows <= 64 else 32
+        return 16 if num_rows <= 192 else 32
     return 4 if num_rows <= 16 else 8 if num_rows <= 112 else 16
 
 

@@ -74,9 +74,11 @@ class Tiles:
     first: Tensor
     end: Tensor  # exclusive
     block: int
+    is_long: bool = False
+    """Contexts are long: reading them is what counts."""
 
 
-def plain_tiles(spans: Spans, block: int, num_tiles: int) -> Tiles:
+def plain_tiles(spans: Spans, block: int, num_tiles: int, is_long: bool = False) -> Tiles:
     """Cut the prompt rows, then the decode rows of every seat into tiles; `num_tiles` must be enough."""
     start = torch.cat((spans.prompt_start, spans.row_start)).long()  # [2B]
     end = torch.cat((spans.prompt_end, spans.row_end)).long()
@@ -93,6 +95,7 @@ def plain_tiles(spans: Spans, block: int, num_tiles: int) -> Tiles:
         first=torch.where(is_used, first, nothing).int(),
         end=torch.where(is_used, stop, nothing).int(),
         block=block,
+        is_long=is_long,
     )
 
 

@@ -138,7 +138,7 @@ def _attend(
     num_groups = num_heads // num_kv_heads
     num_tiles, tile_rows = tiles.seat.shape[0], padded_rows(tiles.block, num_groups)
     if config is None:
-        config = choose_config(num_tiles, num_kv_heads, tile_rows, head_dim, query.dtype, workspace.num_parts)
+        config = choose_config(num_tiles, num_kv_heads, tile_rows, head_dim, query.dtype, workspace.num_parts, tiles.is_long)
     num_parts = num_tiles * num_kv_heads * config.splits
     assert config.splits == 1 or (
         num_parts <= workspace.num_parts and tile_rows <= workspace.tile_rows and head_dim <= workspace.head_dim

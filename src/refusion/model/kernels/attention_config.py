@@ -9,6 +9,7 @@ import torch
 
 INVARIANT_SPLITS = 4  # enough for some thousand cached tokens; the workspace of a large batch grows with it
 MAX_SPLITS = 32  # more parts than this cost the merging program more than their readers save
+LONG_SPLITS = 4  # up to here a long context is worth two programs a multiprocessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +44,23 @@ def set_changes(changes: Changes) -> None:
     _changes = dict(changes)
 
 
-def choose_config(num_tiles: int, num_kv_heads: int, tile_rows: int, head_dim: int, dtype: torch.dtype, num_parts: int) -> Config:
-    """The configuration for so many tiles of `tile_rows` = Q query rows; `num_parts` is what the workspace has room for."""
-    config = _chosen(num_tiles, num_kv_heads, tile_rows, head_dim, dtype, num_parts)
+def choose_config(
+    num_tiles: int, num_kv_heads: int, tile_rows: int, head_dim: int, dtype: torch.dtype, num_parts: int, is_long: bool = False
+) -> Config:
+    """The configuration for so many tiles of `tile_rows` = Q query rows; `num_parts` is what the workspace has room for.
+
+    is_long: the contexts are so long that reading them takes longer than merging parts.
+    """
+    config = _chosen(num_tiles, num_kv_heads, tile_rows, head_dim, dtype, num_parts, is_long)
     if not _changes:
         return config
     return replace(config, **{**_changes, "splits": min(config.splits, int(_changes.get("splits", config.splits)))})
 
 
-def _chosen(num_tiles: int, num_kv_heads: int, tile_rows: int, head_dim: int, dtype: torch.dtype, num_parts: int) -> Config:
+def _chosen(num_tiles: int, num_kv_heads: int, tile_rows: int, head_dim: int, dtype: torch.dtype, num_parts: int, is_long: bool) -> Config:
     splits = choose_splits(num_tiles, num_kv_heads, num_parts)
+    if is_long and head_dim > 64:
+        splits = max(splits, min(LONG_SPLITS, choose_splits(num_tiles, num_kv_heads, 2 * num_parts)))
     if dtype.itemsize > 2:  # exact float32 products take their operands through registers
         return Config(splits, columns=32, new_columns=32, num_warps=8, num_stages=2)
     is_crowded = num_tiles * num_kv_heads * splits > num_parts // 2  # two programs of a multiprocessor share its memory
@@ -62,6 +70,8 @@ def _chosen(num_tiles: int, num_kv_heads: int, tile_rows: int, head_dim: int, dt
     columns = 64 if is_crowded and tile_rows <= 64 else 128
     new_columns = 16 if tile_rows <= 16 else 32 if splits > 1 else 64  # tiles that small are those of seats with a row or few
     num_stages = 3 if tile_rows > 64 else 2
+    if head_dim > 64 and tile_rows >= 64:  # an H200's sweep (results/logs/kernels-h200.log): programs that leave room for a second one
+        columns, num_stages = 64, 3
     return Config(splits, columns, new_columns, num_warps, num_stages, parts_at_a_time(tile_rows, head_dim, num_warps))
 
 
