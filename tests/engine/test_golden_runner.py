@@ -30,3 +30,20 @@ def test_every_eighth_clean_trace_gives_its_tokens(device: str, name: str, golde
         answer, _ = decode(runner, lane, trace["prompt_ids"], trace["gen_length"], candidates=lane.key.slots.candidates())
         assert answer == trace["output_ids"]
         runner.drop_lane(lane)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_sums_that_products_owe_give_the_same_tokens(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from refusion.model.kernels import linear
+    from refusion.model.kernels.config import Config, Kind
+
+    choose = linear.choose_config
+
+    def owing(num_out: int, num_in: int, num_rows: int, kind: Kind, dtype: str) -> Config | None:
+        if kind == "linear_add":
+            return Config(32, 16, 2, 3, 4, 16, owes_sum=True)
+        return choose(num_out, num_in, num_rows, kind, dtype)
+
+    monkeypatch.setattr(linear, "choose_config", owing)
+    test_every_eighth_clean_trace_gives_its_tokens("cuda", "decode_infill.json", golden_dir)
