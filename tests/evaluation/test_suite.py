@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +43,13 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         return [config | {"generation_kwargs": config["generation_kwargs"] | {"max_gen_toks": 24}} for config in found]
 
     monkeypatch.setattr("refusion.evaluation.benchmarks.task_configs", configs)
+
+
+@pytest.fixture
+def two_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with two cores, however few answers there are."""
+    monkeypatch.setattr(suite, "num_cores", lambda: 2)
+    monkeypatch.setattr(suite, "ANSWERS_AT_ONCE", 1)
 
 
 @pytest.fixture
@@ -220,3 +229,18 @@ def test_a_checkpoint_without_mask_token_cannot_infill(roomy_model_dir: Path, da
 def test_settings_are_checked(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
         SuiteSettings(**{name: value})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be copied safely")
+def test_formulas_are_compared_in_copies_of_the_process_with_the_same_outcome(
+    llm: LLM, data_dir: Path, tmp_path: Path, two_scorers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(llm, data_dir, tmp_path / "copies.json", tasks=("math",))
+    monkeypatch.setattr(suite, "MOST_SCORERS", 1)
+    run(llm, data_dir, tmp_path / "here.json", tasks=("math",))
+    assert untimed(rows(tmp_path / "copies.json", "math")) == untimed(rows(tmp_path / "here.json", "math"))
+    monkeypatch.setattr(suite, "_scored", lambda *_: {"filtered": {}, "scores": {"process": os.getpid()}, "error": None})
+    for most, is_here in ((2, False), (1, True)):
+        monkeypatch.setattr(suite, "MOST_SCORERS", most)
+        run(llm, data_dir, tmp_path / f"{most}.json", tasks=("math",))
+        assert all((row["scores"]["process"] == os.getpid()) == is_here for row in rows(tmp_path / f"{most}.json", "math"))
