@@ -359,11 +359,11 @@ class Bench:
         keys = [key_of(contender, model, f"speed_{kind}_{size}") for contender, model in pairs]
         if all((key, 0) in self.known for key in keys):
             return
+        self.check_time()  # before all models are loaded
         queries = [row["query"] for row in self.chat.rows] if kind == "chat" else [row["query"] for row in mixed(self.asked)]
         prompts = [harness.chat(query) for query in queries[: max(self.args.speed_prompts, 4 * size)]]
         servers = [self.server(contender, model, llms) for contender, model in pairs]
         if size == 1:
-            self.check_time()
             self.time_alone(prompts[: self.args.speed_prompts], pairs, keys, servers)
             return
         for key, server, (contender, _) in zip(keys, servers, pairs, strict=True):
