@@ -16,12 +16,14 @@ pytest.importorskip("lm_eval")
 
 import datasets
 from benchmark_rows import edit_json, write_rows
+from lm_eval.api.task import ConfigurableTask
 
 from refusion.decoding.params import SamplingParams, SlotParams
 from refusion.errors import CheckpointError, ConfigError, DataError
 from refusion.evaluation import suite
 from refusion.evaluation.benchmark_data import MADE_UP
-from refusion.evaluation.benchmarks import BENCHMARKS, as_asked, task_configs
+from refusion.evaluation.benchmarks import BENCHMARKS, as_asked, load_tasks, task_configs
+from refusion.evaluation.harness import ReFusionLM
 from refusion.evaluation.results import read_result
 from refusion.evaluation.suite import SuiteSettings, run_suite, samples_directory
 from refusion.llm import LLM
@@ -244,3 +246,20 @@ def test_formulas_are_compared_in_copies_of_the_process_with_the_same_outcome(
         monkeypatch.setattr(suite, "MOST_SCORERS", most)
         run(llm, data_dir, tmp_path / f"{most}.json", tasks=("math",))
         assert all((row["scores"]["process"] == os.getpid()) == is_here for row in rows(tmp_path / f"{most}.json", "math"))
+
+
+def test_rows_are_read_once_and_not_for_every_question(llm: LLM, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = ConfigurableTask.eval_docs.fget
+    assert read is not None, "it is a property"
+    num_reads = 0
+
+    def counted(task: ConfigurableTask) -> Any:
+        nonlocal num_reads
+        num_reads += 1
+        return read(task)
+
+    tasks = load_tasks(BENCHMARKS["mmlu_pro"], data_dir)
+    monkeypatch.setattr(ConfigurableTask, "eval_docs", property(counted))
+    asked = suite.questions(tasks, ReFusionLM(llm, decoder="autoregressive"), None)
+    assert (len(asked) >= len(tasks), num_reads) == (True, len(tasks))
+    assert [question.doc_id for question in asked[: len(tasks)]] == [0] * len(tasks)

@@ -161,9 +161,9 @@ def samples_directory(output: Path) -> Path:
 
 def questions(tasks: Sequence[ConfigurableTask], lm: ReFusionLM, limit: int | None) -> list[Question]:
     """The first `limit` rows, those of several tasks in turn, as rendered chats."""
-    rows = [[(task, doc_id) for doc_id in range(len(task.eval_docs))] for task in tasks]
+    rows = [[(task, *row) for row in enumerate(task.eval_docs)] for task in tasks]  # the harness makes them anew whenever it is asked
     in_turn = (row for rank in itertools.zip_longest(*rows) for row in rank if row is not None)
-    return [_question(task, doc_id, lm) for task, doc_id in itertools.islice(in_turn, limit)]
+    return [_question(task, doc_id, doc, lm) for task, doc_id, doc in itertools.islice(in_turn, limit)]
 
 
 def answer_all(
@@ -217,8 +217,7 @@ def summary(benchmark: Benchmark, rows: Sequence[Row], settings: dict[str, Any])
     return Run(label=benchmark.name, settings=about | settings, figures=figures)
 
 
-def _question(task: ConfigurableTask, doc_id: int, lm: ReFusionLM) -> Question:
-    doc = task.eval_docs[doc_id]
+def _question(task: ConfigurableTask, doc_id: int, doc: Any, lm: ReFusionLM) -> Question:
     context = task.fewshot_context(
         doc,
         num_fewshot=0,
