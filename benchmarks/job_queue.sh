@@ -17,32 +17,33 @@ mkdir -p "$queue" "$logs"
 worker() { # GPU
     local gpu=$1 taken name how command
     while :; do
-        # Whoever takes a job holds its GPU's gate until the GPU is his, so that nobody overtakes a job that waits to be alone.
+        # A job is taken once the GPU is free for it, and its gate shut until it has the GPU: nobody overtakes one that waits to be alone.
         exec 7> "$queue/gate-$gpu" 8> "$queue/gpu-$gpu"
         flock 7
+        flock -s 8
         taken=$(take)
         case $taken in
             none) return ;;
-            wait) exec 7>&-; sleep 1; continue ;;
+            wait) exec 7>&- 8>&-; sleep 1; continue ;;
         esac
         IFS=$'\t' read -r name how command <<< "$taken"
-        flock "$how" 8
+        [ "$how" != alone ] || flock -x 8
         exec 7>&-
         run "$gpu" "$name" "$command"
         exec 8>&-
     done
 }
 
-take() { # the next job that may begin, marked as begun: NAME, how to lock its GPU, COMMAND; or `wait`; or `none` where all have begun
+take() { # the next job that may begin, marked as begun: NAME, `alone` or `beside`, COMMAND; or `wait`; or `none` where all have begun
     exec 9> "$queue/lock"
     flock 9
-    local found=none line name words after how command
+    local found=none line name words after command how
     while IFS= read -r line || [ -n "$line" ]; do
         [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
         [[ $line =~ ^[[:space:]]*([A-Za-z0-9._-]+)[[:space:]]*([^|]*)\|[[:space:]]*(.+)$ ]] || { refuse "$line"; continue; }
-        name=${BASH_REMATCH[1]} words=" ${BASH_REMATCH[2]} " command=${BASH_REMATCH[3]} how=-s after=
+        name=${BASH_REMATCH[1]} words=" ${BASH_REMATCH[2]} " command=${BASH_REMATCH[3]} how=beside after=
         [ ! -e "$queue/$name.begun" ] || continue
-        [[ $words != *" alone "* ]] || how=-x
+        [[ $words != *" alone "* ]] || how=alone
         [[ ! $words =~ after=([^[:space:]]+) ]] || after=${BASH_REMATCH[1]}
         if have_ended "${after//,/ }"; then
             touch "$queue/$name.begun"
