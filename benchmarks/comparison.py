@@ -9,9 +9,9 @@ with the base model, the likelihood of held-out chat (or its bound), and tokens 
 and 32. The most telling tasks come first, speed last; what is timed was done once before, so that everything is compiled and captured.
 
 Every answer goes to STATE/CONTENDER.jsonl as soon as it is there. The same command goes on where a run stopped, also for want of --seconds,
-and the result file always holds what there is. Contenders may be asked by several processes at once (--contenders, --batch-sizes with
-nothing behind it); speed is for a process that has the machine to itself. Models are known by their checksums: answers of a retrained one
-are not mixed in. `comparison_figures.py` makes the figures.
+and the result file always holds what there is. Contenders and seeds may be asked by several processes at once (--contenders, --seeds,
+--batch-sizes with nothing behind it); speed is for a process that has the machine to itself. Models are known by their checksums: answers
+of a retrained one are not mixed in. `comparison_figures.py` makes the figures.
 """
 
 from __future__ import annotations
@@ -359,18 +359,18 @@ class Bench:
         keys = [key_of(contender, model, f"speed_{kind}_{size}") for contender, model in pairs]
         if all((key, 0) in self.known for key in keys):
             return
+        self.check_time()  # before all models are loaded
         queries = [row["query"] for row in self.chat.rows] if kind == "chat" else [row["query"] for row in mixed(self.asked)]
         prompts = [harness.chat(query) for query in queries[: max(self.args.speed_prompts, 4 * size)]]
         servers = [self.server(contender, model, llms) for contender, model in pairs]
         if size == 1:
-            self.check_time()
             self.time_alone(prompts[: self.args.speed_prompts], pairs, keys, servers)
             return
         for key, server, (contender, _) in zip(keys, servers, pairs, strict=True):
             if (key, 0) in self.known:
                 continue
             self.check_time()
-            server.serve(Load(), contender.objective, cycled(prompts, 2 * size), size)
+            make_ready(server, contender.objective, prompts, cycled(prompts, 2 * size), size)
             for _ in range(MOST_TRIES):
                 load = Load()
                 server.serve_for(load, contender.objective, prompts, size, self.args.speed_seconds)
@@ -391,7 +391,7 @@ class Bench:
         is_slow = [contender.fixed_tokens is not None for contender, _ in pairs]
         everybody = prompts[: self.args.slow_prompts]
         for turn, slow in zip(turns, is_slow, strict=True):
-            turn.server.serve(Load(), turn.decoder, everybody if slow else prompts, 1)
+            make_ready(turn.server, turn.decoder, prompts, everybody if slow else prompts, 1)
         take_turns([turn.take for turn in turns], everybody)
         take_turns([turn.take for turn, slow in zip(turns, is_slow, strict=True) if not slow], prompts[len(everybody) :])
         for key, turn, (contender, _) in zip(keys, turns, pairs, strict=True):
@@ -476,6 +476,18 @@ class Turns:
         self.load.add(turn)
         self.walls.append(turn.seconds)
         self.prepared.append(prepared_in(turn))
+
+
+def make_ready(server: Server, decoder: str, prompts: Sequence[Any], tried: Sequence[Any], concurrency: int) -> None:
+    """Compile and capture what the prompts can need, by answering `tried`.
+
+    Slots need more shapes than those answers show: experience, which they add to, decides how many lengths are prepared.
+    """
+    longest = max(len(server.llm.encode(prompt)) for prompt in prompts)
+    varied = ["refusion"] if decoder == "refusion" else []
+    server.warm_up(varied, longest, concurrency)
+    server.serve(Load(), decoder, tried, concurrency)
+    server.warm_up(varied, longest, concurrency)
 
 
 def prepared_in(load: Load) -> list[int]:

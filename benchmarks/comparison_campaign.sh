@@ -3,16 +3,20 @@
 #     bash benchmarks/comparison_campaign.sh prepare                     # wheels of .whl, base model (REFUSION_GGUF), default model
 #     bash benchmarks/comparison_campaign.sh train STEPS SEED...         # five recipes a seed (or RECIPE-SEED alone), JOBS at a time
 #     bash benchmarks/comparison_campaign.sh ask SEED...                 # right answers, agreement, likelihood: several processes at once
-#     bash benchmarks/comparison_campaign.sh speed SEED...               # tokens/s, alone on the GPU, and comparison-$GPU.json of all
-#     bash benchmarks/comparison_campaign.sh ablate SEED                 # one setting at a time on the model of this seed and recipe ABLATED
+#     bash benchmarks/comparison_campaign.sh speed SEED...               # tokens/s, alone on the GPU, and $RESULT-$GPU.json of these seeds
+#     bash benchmarks/comparison_campaign.sh figures                     # $RESULT-$GPU.json of all seeds, from what was asked and timed
+#     bash benchmarks/comparison_campaign.sh ablate SEED [ARM...]        # one setting at a time on the model of this seed and recipe ABLATED
+#     bash benchmarks/comparison_campaign.sh recipes [ARM...]            # recipe_ablations.py, JOBS trainings at a time
 #     bash benchmarks/comparison_campaign.sh suite                       # seven benchmarks with base and default model
 #     bash benchmarks/comparison_campaign.sh all STEPS SEED...           # train, ask, speed, ablate, suite
 # ASKED="refusion autoregressive" asks those contenders only. GPUS=2 shares the trainings and questions among two; speed and ablate take
-# the first one (or the one in CUDA_VISIBLE_DEVICES).
-# Every stage ends after its seconds (TRAIN_S, ASK_S, SPEED_S, ABLATE_S, SUITE_S) and goes on where it stopped if it is run again, as long
-# as $WORK is there: trainings from their checkpoints, everything else answer by answer. `all` goes on to the next stage either way.
-# What comes back lies in $OUT: comparison-$GPU.json, ablations-$GPU.json, ablations-plain-$GPU.json, state.tgz (answers, logs, training
-# reports) and suite-answers.tgz (result files of the seven benchmarks and their answers, from which STATE goes on on another machine).
+# the first one (or the one in CUDA_VISIBLE_DEVICES). On several GPUs the stages can also be jobs of job_queue.sh, each with its own OUT: they
+# share $WORK, and RESULT and ABLATIONS name what each one writes.
+# Every stage ends after its seconds (TRAIN_S, ASK_S, SPEED_S, ABLATE_S, RECIPES_S, SUITE_S) and goes on where it stopped if it is run again,
+# as long as $WORK is there: trainings from their checkpoints, everything else answer by answer. `all` goes on to the next stage either way.
+# What comes back lies in $OUT: $RESULT-$GPU.json, $ABLATIONS-$GPU.json, ablations-plain-$GPU.json, recipe-ablations-$GPU.json, state.tgz
+# (answers, logs, training reports) and suite-answers.tgz (result files of the seven benchmarks and their answers, from which STATE goes on on
+# another machine).
 set -euo pipefail
 source "$(dirname "$0")/gpu_name.sh"
 export WORK=${WORK:-/tmp/campaign} DATA=${DATA:-.carry/comparison} SUITE=${SUITE:-.carry/suite} DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3}
@@ -21,8 +25,10 @@ export PYTHONPATH=src:$WORK/site:${PYTHONPATH:-} PYTHONUNBUFFERED=1
 [ ! -d "$WORK/gguf" ] || export REFUSION_GGUF=$WORK/gguf
 GPUS=${GPUS:-1} JOBS=${JOBS:-2} ABLATED=${ABLATED:-refusion} ASK_JOBS=${ASK_JOBS:-3} SUITE_JOBS=${SUITE_JOBS:-2} BASE=${BASE:-smollm2-135m}
 TRAIN_S=${TRAIN_S:-300} ASK_S=${ASK_S:-120} SPEED_S=${SPEED_S:-90} ABLATE_S=${ABLATE_S:-100} SUITE_S=${SUITE_S:-160}
+RECIPES_S=${RECIPES_S:-280} RESULT=${RESULT:-comparison} ABLATIONS=${ABLATIONS:-ablations}
 # What a small machine needs otherwise, such as a dry run on a CPU: further options of each script.
 TRAIN_OPTIONS=${TRAIN_OPTIONS:-} ASK_OPTIONS=${ASK_OPTIONS:-} SPEED_OPTIONS=${SPEED_OPTIONS:-} ABLATE_OPTIONS=${ABLATE_OPTIONS:-}
+RECIPES_OPTIONS=${RECIPES_OPTIONS:-}
 COMMON_SLOTS="--slot-size 16 --block-size 16 --slot-threshold 0.9 --token-threshold 0.4 --acceptance argmax --correction autoregressive
     --alternatives 2 --infill-length 6"
 state=$WORK/state
@@ -61,7 +67,7 @@ ask() { # SEED...
     [ -z "${ASKED:-}" ] || asked=($ASKED)
     pool "$ASK_JOBS" ask_one "${asked[@]}"
     # shellcheck disable=SC2086
-    limited result comparison --seeds $seeds --speed-only --batch-sizes --output "$WORK/comparison.json" $ASK_OPTIONS
+    limited result comparison --seeds $seeds --speed-only --batch-sizes --output "$WORK/$RESULT.json" $ASK_OPTIONS
 }
 
 ask_one() { # CONTENDERS, or the ablations that are not timed
@@ -80,7 +86,12 @@ ask_one() { # CONTENDERS, or the ablations that are not timed
 speed() { # SEED...
     local ends=$((SECONDS + SPEED_S))
     # shellcheck disable=SC2086
-    limited speed comparison --seeds "$@" --speed-only --seconds "$(left)" --output "$WORK/comparison.json" $ASK_OPTIONS $SPEED_OPTIONS
+    limited speed comparison --seeds "$@" --speed-only --seconds "$(left)" --output "$WORK/$RESULT.json" $ASK_OPTIONS $SPEED_OPTIONS
+}
+
+figures() {
+    # shellcheck disable=SC2086
+    limited result comparison --speed-only --seconds 0 --output "$WORK/$RESULT.json" $ASK_OPTIONS $SPEED_OPTIONS
 }
 
 comparison() { # options; what was asked already is not asked again
@@ -88,15 +99,23 @@ comparison() { # options; what was asked already is not asked again
         --speed-prompts 28 --slow-prompts 4 --speed-seconds 2 --likelihood-rows 96 "$@"
 }
 
-ablate() { # SEED
-    local ends=$((SECONDS + ABLATE_S))
+ablate() { # SEED [ARM...]
+    local ends=$((SECONDS + ABLATE_S)) seed=$1 arms=('slots: common' 'slots: 4 in 32' 'slots: 8 in 32' 'slots: 16 in 32'
+        'slots: 32 in 32' 'slots: 16 in 128' 'slots: 32 in 128' 'slots: 16 sliding' 'rules: *' 'infill: [01] alternatives'
+        'infill: 2 behind*' 'fusion: two-pass' 'thresholds: slot 0.5' 'thresholds: token 0.1' 'thresholds: token 0.8' '*'); shift
+    [ $# = 0 ] || arms=("$@")
     # shellcheck disable=SC2086
-    limited ablations $PYTHON benchmarks/ablations.py --model "$WORK/runs/comparison/$ABLATED-$1/final" --device "$DEVICE" --base "$BASE" \
-        --chat-data "$DATA/heldout.jsonl.gz" --chat-rows 64 --limit 280 --speed-prompts 7 --seconds "$(left)" --output "$WORK/ablations.json" \
-        --groups slots thresholds rules fusion infill --arms 'slots: common' 'slots: 4 in 32' 'slots: 8 in 32' 'slots: 16 in 32' \
-        'slots: 32 in 32' 'slots: 16 in 128' 'slots: 32 in 128' 'slots: 16 sliding' 'rules: *' 'infill: [01] alternatives' \
-        'infill: 2 behind*' 'fusion: two-pass' 'thresholds: slot 0.5' 'thresholds: token 0.1' 'thresholds: token 0.8' '*' \
-        $COMMON_SLOTS $ABLATE_OPTIONS
+    limited "$ABLATIONS" $PYTHON benchmarks/ablations.py --model "$WORK/runs/comparison/$ABLATED-$seed/final" --device "$DEVICE" --base "$BASE" \
+        --chat-data "$DATA/heldout.jsonl.gz" --chat-rows 64 --limit 280 --speed-prompts 7 --seconds "$(left)" --output "$WORK/$ABLATIONS.json" \
+        --groups slots thresholds rules fusion infill --arms "${arms[@]}" $COMMON_SLOTS $ABLATE_OPTIONS
+}
+
+recipes() { # [ARM...]
+    [ $# -gt 0 ] || set -- '*'
+    # shellcheck disable=SC2086
+    limited recipes $PYTHON benchmarks/recipe_ablations.py --device "$DEVICE" --train "$DATA/selfwritten_train-00.jsonl.gz" \
+        --data "$DATA/heldout.jsonl.gz" --rows 256:384 --max-tokens 160 --batch-size 64 --steps 150 --jobs "$JOBS" --apart 2 \
+        --seconds "$RECIPES_S" --work "$WORK/recipes" --output "$WORK/recipe-ablations.json" --arms "$@" $RECIPES_OPTIONS
 }
 
 suite() {
@@ -118,10 +137,10 @@ stage() { # NAME [arguments]: how long it took, and everything there is into $OU
     local began=$SECONDS
     "$@" || echo "$1 failed; see $WORK/logs" >&2
     echo "$1: $((SECONDS - began)) s" | tee -a "$WORK/logs/stages.log" >&2
-    [ ! -e "$WORK/comparison.json" ] || cp "$WORK/comparison.json" "$OUT/comparison-$GPU.json"
-    [ ! -e "$WORK/ablations.json" ] || cp "$WORK/ablations.json" "$OUT/ablations-$GPU.json"
-    [ ! -e "$WORK/ablations-plain.json" ] || cp "$WORK/ablations-plain.json" "$OUT/ablations-plain-$GPU.json"
-    tar -czf "$OUT/state.tgz" -C "$WORK" logs state reports || [ $? -eq 1 ]  # 1: somebody beside us was writing a log
+    for name in "$RESULT" "$ABLATIONS" ablations-plain recipe-ablations; do
+        [ ! -e "$WORK/$name.json" ] || cp "$WORK/$name.json" "$OUT/$name-$GPU.json"
+    done
+    tar -czf "$OUT/state.tgz" --exclude='.*' -C "$WORK" logs state reports || [ $? -eq 1 ]  # 1: somebody beside us was writing a log
 }
 
 pool() { # JOBS FUNCTION ARGUMENT...: a call per argument, so many at a time, on GPUs 0 to GPUS - 1 in turn
@@ -146,7 +165,7 @@ left() { # seconds of this stage
 }
 
 case ${1:-} in
-    prepare | train | ask | speed | ablate | suite) stage "$@" ;;
+    prepare | train | ask | speed | figures | ablate | recipes | suite) stage "$@" ;;
     all) "$@" ;;
     *) sed -n '2,13p' "$0" >&2; exit 2 ;;
 esac

@@ -6,12 +6,13 @@ import json
 import runpy
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from refusion import LLM
 from refusion.evaluation.results import read_result
 from refusion.synthesis.jsonl import write_rows
 from refusion.synthesis.predictable import HELD_OUT_SEED, make
@@ -86,6 +87,23 @@ def test_all_is_measured_once_and_set_against_each_other(compare: Compare, tmp_p
     assert again[0] == 0
     assert (tmp_path / "state" / "autoregressive.jsonl").read_text().splitlines() == lines  # nothing is asked twice
     assert again[2]["runs"] == content["runs"]
+
+
+def test_every_shape_of_slots_is_made_ready_before_they_are_timed(
+    compare: Compare, without_second_seed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[tuple[str, ...], int]] = []
+    warm_up = LLM.warm_up
+
+    def counted(self: LLM, decoders: Sequence[str] = (), **options: Any) -> int:
+        called.append((tuple(decoders), options["batch_size"]))
+        return warm_up(self, decoders, **options)
+
+    monkeypatch.setattr(LLM, "warm_up", counted)
+    code, err, _ = compare("--tasks", "gsm8k", "--contenders", "refusion", "autoregressive")
+    assert code == 0, err
+    kinds = 2  # chat and tasks
+    assert [call for call in called if call[0]] == [(("refusion",), size) for size in (1, 2) for _ in range(2 * kinds)]
 
 
 def test_out_of_time_it_says_what_there_is_and_goes_on_later(compare: Compare, without_second_seed: None, tmp_path: Path) -> None:

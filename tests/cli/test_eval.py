@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 from command_line import RunCli
 
+from refusion.cli import options
+from refusion.engine.settings import EngineSettings
+from refusion.llm import LLM
+
 pytest.importorskip("lm_eval")
 
 
@@ -53,6 +57,23 @@ def test_a_result_is_written_and_shown(run_cli: RunCli, arguments: list[str], tm
     twice = run_cli(*arguments, "--tasks", "gsm8k")
     assert twice.code == 1
     assert "add --resume" in twice.err
+
+
+def test_so_many_questions_as_asked_for_are_decoded_together(
+    run_cli: RunCli, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seats: list[int | None] = []
+    load = options.load
+
+    def watched(model: str, device: str, dtype: Any, engine: EngineSettings | None = None) -> LLM:
+        llm = load(model, device, dtype, engine)
+        seats.append(llm.engine_settings.max_num_seqs)
+        return llm
+
+    monkeypatch.setattr(options, "load", watched)
+    found = run_cli(*arguments, "--tasks", "gsm8k", "--batch-size", "6", "--json")
+    assert found.code == 0, found.err
+    assert (seats, found.json["settings"]["batch_size"]) == ([6], 6)
 
 
 def test_gpqa_runs_end_to_end_with_made_up_rows(

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from refusion.errors import DataError
+from refusion.evaluation import sample_log
 from refusion.evaluation.sample_log import SampleLog
 
 SETTINGS = {"decoder": "refusion", "seed": 0}
@@ -36,3 +40,22 @@ def test_answers_are_neither_overwritten_nor_mixed(tmp_path: Path) -> None:
     (tmp_path / "run.samples" / "settings.json").write_text("{")
     with pytest.raises(DataError, match="cannot read"):
         SampleLog(tmp_path / "run.samples", SETTINGS, resume=True)
+
+
+def test_what_is_appended_while_another_process_mends_the_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, other = (SampleLog(tmp_path / "run.samples", SETTINGS, resume=True) for _ in range(2))
+    ours.append("gsm8k", [row(0), row(0)])  # one too many, so that reading writes the file anew
+    appending = Thread(target=other.append, args=("gsm8k", [row(1)]))
+    atomic_file = sample_log.atomic_file
+
+    @contextmanager
+    def slow(target: Path) -> Iterator[Path]:
+        with atomic_file(target) as draft:
+            yield draft
+            appending.start()
+            appending.join(timeout=0.3)
+
+    monkeypatch.setattr(sample_log, "atomic_file", slow)
+    assert ours.rows("gsm8k") == [row(0)]
+    appending.join()
+    assert ours.rows("gsm8k") == [row(0), row(1)]

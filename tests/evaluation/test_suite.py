@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +16,14 @@ pytest.importorskip("lm_eval")
 
 import datasets
 from benchmark_rows import edit_json, write_rows
+from lm_eval.api.task import ConfigurableTask
 
 from refusion.decoding.params import SamplingParams, SlotParams
 from refusion.errors import CheckpointError, ConfigError, DataError
 from refusion.evaluation import suite
 from refusion.evaluation.benchmark_data import MADE_UP
-from refusion.evaluation.benchmarks import BENCHMARKS, as_asked, task_configs
+from refusion.evaluation.benchmarks import BENCHMARKS, as_asked, load_tasks, task_configs
+from refusion.evaluation.harness import ReFusionLM
 from refusion.evaluation.results import read_result
 from refusion.evaluation.suite import SuiteSettings, run_suite, samples_directory
 from refusion.llm import LLM
@@ -41,6 +45,13 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         return [config | {"generation_kwargs": config["generation_kwargs"] | {"max_gen_toks": 24}} for config in found]
 
     monkeypatch.setattr("refusion.evaluation.benchmarks.task_configs", configs)
+
+
+@pytest.fixture
+def two_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with two cores, however few answers there are."""
+    monkeypatch.setattr(suite, "num_cores", lambda: 2)
+    monkeypatch.setattr(suite, "ANSWERS_AT_ONCE", 1)
 
 
 @pytest.fixture
@@ -220,3 +231,35 @@ def test_a_checkpoint_without_mask_token_cannot_infill(roomy_model_dir: Path, da
 def test_settings_are_checked(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
         SuiteSettings(**{name: value})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be copied safely")
+def test_formulas_are_compared_in_copies_of_the_process_with_the_same_outcome(
+    llm: LLM, data_dir: Path, tmp_path: Path, two_scorers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(llm, data_dir, tmp_path / "copies.json", tasks=("math",))
+    monkeypatch.setattr(suite, "MOST_SCORERS", 1)
+    run(llm, data_dir, tmp_path / "here.json", tasks=("math",))
+    assert untimed(rows(tmp_path / "copies.json", "math")) == untimed(rows(tmp_path / "here.json", "math"))
+    monkeypatch.setattr(suite, "_scored", lambda *_: {"filtered": {}, "scores": {"process": os.getpid()}, "error": None})
+    for most, is_here in ((2, False), (1, True)):
+        monkeypatch.setattr(suite, "MOST_SCORERS", most)
+        run(llm, data_dir, tmp_path / f"{most}.json", tasks=("math",))
+        assert all((row["scores"]["process"] == os.getpid()) == is_here for row in rows(tmp_path / f"{most}.json", "math"))
+
+
+def test_rows_are_read_once_and_not_for_every_question(llm: LLM, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = ConfigurableTask.eval_docs.fget
+    assert read is not None, "it is a property"
+    num_reads = 0
+
+    def counted(task: ConfigurableTask) -> Any:
+        nonlocal num_reads
+        num_reads += 1
+        return read(task)
+
+    tasks = load_tasks(BENCHMARKS["mmlu_pro"], data_dir)
+    monkeypatch.setattr(ConfigurableTask, "eval_docs", property(counted))
+    asked = suite.questions(tasks, ReFusionLM(llm, decoder="autoregressive"), None)
+    assert (len(asked) >= len(tasks), num_reads) == (True, len(tasks))
+    assert [question.doc_id for question in asked[: len(tasks)]] == [0] * len(tasks)

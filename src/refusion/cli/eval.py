@@ -80,6 +80,7 @@ def command(
     )
     options.refuse_slots(decoder, slots)
     with options.usage_errors():
+        from refusion.engine.settings import EngineSettings
         from refusion.evaluation.suite import SuiteSettings, run_suite, samples_directory
 
         settings = SuiteSettings(
@@ -90,7 +91,8 @@ def command(
     with _interruptible(samples_directory(target)):
         import lm_eval  # noqa: F401  (its absence is told before a model is loaded)
 
-        llm = options.load(model, device, dtype)
+        engine = None if batch_size is None else EngineSettings(max_num_seqs=batch_size)
+        llm = options.load(model, device, dtype, engine)
         options.warn_of_untaught(decoder, llm)
         with _progress() as show:
             content = run_suite(llm, settings, target, model_name=model, resume=resume, on_progress=show, on_missing=_tell)

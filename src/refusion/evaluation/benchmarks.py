@@ -32,6 +32,8 @@ class Benchmark:
     """The figure that counts, as lm-eval names it: metric,filter. Others are reported beside it."""
     is_code: bool = False
     """Scoring runs programs, several at a time."""
+    is_algebra: bool = False
+    """Scoring compares formulas, a tenth of a second each and under alarms: in several copies of this process."""
     is_confidential: bool = False
     """Its authors ask that the questions stay off the web: logs hold no prompt."""
     needs: str | None = None
@@ -46,7 +48,7 @@ BENCHMARKS = {
         Benchmark(name="mmlu_pro", title="MMLU-Pro", score="exact_match,custom-extract"),
         Benchmark(name="arc_challenge", title="ARC-Challenge", score="exact_match,remove_whitespace"),
         Benchmark(name="gsm8k", title="GSM8K", score="exact_match,flexible-extract"),
-        Benchmark(name="math", title="MATH", score="math_verify,none", needs="math_verify"),
+        Benchmark(name="math", title="MATH", score="math_verify,none", needs="math_verify", is_algebra=True),
         Benchmark(name="gpqa", title="GPQA", score="exact_match,flexible-extract", is_confidential=True),
         Benchmark(name="humaneval", title="HumanEval", score="pass_at_1,create_test", is_code=True),
         Benchmark(name="mbpp", title="MBPP", score="pass_at_1,extract_code", is_code=True),

@@ -1,6 +1,6 @@
 """The answers of an evaluation, one JSON object a line, written as they come, so that a run that was interrupted can go on.
 
-Beside the lines stands what they were made with: a run with other settings does not continue them.
+Beside the lines stands what they were made with: a run with other settings does not continue them. Several processes may write to one log.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from refusion.atomic import atomic_file, make_directory
 from refusion.errors import DataError
 from refusion.evaluation.results import to_plain
 
 _SETTINGS = "settings.json"
+_LOCK = ".lock"
 
 
 class SampleLog:
@@ -23,6 +26,7 @@ class SampleLog:
     def __init__(self, directory: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
         """Raises DataError if there are rows already that must not, or cannot, be continued."""
         self.directory = directory
+        self._lock = FileLock(directory / _LOCK)  # somebody who mends a file while another appends to it would lose what is appended
         written = directory / _SETTINGS
         plain = to_plain(settings)
         if written.exists():
@@ -38,7 +42,10 @@ class SampleLog:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """What was written before, each sample once; a line that a crash left half written is dropped from the file too."""
-        path = self.path(name)
+        with self._lock:
+            return self._rows(self.path(name))
+
+    def _rows(self, path: Path) -> list[dict[str, Any]]:
         if not path.exists():
             return []
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -53,7 +60,7 @@ class SampleLog:
         return list(rows.values())
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        with self.path(name).open("a", encoding="utf-8") as file:
+        with self._lock, self.path(name).open("a", encoding="utf-8") as file:
             file.write("".join(_line(row) for row in rows))
 
 

@@ -11,11 +11,14 @@ import importlib.metadata
 import itertools
 import logging
 import math
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +40,12 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 OnProgress = Callable[[Benchmark, int, int], None]
 """Called with a benchmark, how many of its questions are answered, and how many there are."""
+MOST_SCORERS = 16
+"""Processes that score at once; each begins as a copy of this one."""
+ANSWERS_AT_ONCE = 8
+"""Answers that a process takes at a time."""
+_to_score: list[tuple[Question, RequestOutput]] = []
+"""What the copies of this process find in their memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,9 +161,9 @@ def samples_directory(output: Path) -> Path:
 
 def questions(tasks: Sequence[ConfigurableTask], lm: ReFusionLM, limit: int | None) -> list[Question]:
     """The first `limit` rows, those of several tasks in turn, as rendered chats."""
-    rows = [[(task, doc_id) for doc_id in range(len(task.eval_docs))] for task in tasks]
+    rows = [[(task, *row) for row in enumerate(task.eval_docs)] for task in tasks]  # the harness makes them anew whenever it is asked
     in_turn = (row for rank in itertools.zip_longest(*rows) for row in rank if row is not None)
-    return [_question(task, doc_id, lm) for task, doc_id in itertools.islice(in_turn, limit)]
+    return [_question(task, doc_id, doc, lm) for task, doc_id, doc in itertools.islice(in_turn, limit)]
 
 
 def answer_all(
@@ -208,8 +217,7 @@ def summary(benchmark: Benchmark, rows: Sequence[Row], settings: dict[str, Any])
     return Run(label=benchmark.name, settings=about | settings, figures=figures)
 
 
-def _question(task: ConfigurableTask, doc_id: int, lm: ReFusionLM) -> Question:
-    doc = task.eval_docs[doc_id]
+def _question(task: ConfigurableTask, doc_id: int, doc: Any, lm: ReFusionLM) -> Question:
     context = task.fewshot_context(
         doc,
         num_fewshot=0,
@@ -232,17 +240,32 @@ def _answer(lm: ReFusionLM, benchmark: Benchmark, group: Sequence[Question], set
     started = time.perf_counter()
     outputs = lm.answer([question.prompt for question in group], options)
     seconds = (time.perf_counter() - started) / len(group)
-    num_workers = num_cores() if benchmark.is_code else 1
-    scored = _map(lambda pair: _scored(*pair), list(zip(group, outputs, strict=True)), num_workers)
+    scored = _score_all(benchmark, list(zip(group, outputs, strict=True)))
     return [_row(benchmark, question, output, seconds) | scores for question, output, scores in zip(group, outputs, scored, strict=True)]
 
 
-def _map(function: Callable[[Any], Row], items: list[Any], num_workers: int) -> list[Row]:
-    """In this very thread unless several are wanted: the scorer of MATH sets alarms, which only the main thread may."""
-    if num_workers == 1:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(num_workers) as pool:
-        return list(pool.map(function, items))
+def _score_all(benchmark: Benchmark, answers: list[tuple[Question, RequestOutput]]) -> list[Row]:
+    """Programs are processes already, so threads wait for them. The scorer of MATH sets alarms, which only a main thread may."""
+    if benchmark.is_code:
+        with ThreadPoolExecutor(num_cores()) as threads:
+            return list(threads.map(lambda answer: _scored(*answer), answers))
+    num_workers = min(num_cores(), MOST_SCORERS, len(answers) // ANSWERS_AT_ONCE)
+    if not benchmark.is_algebra or num_workers < 2 or sys.platform != "linux":
+        return [_scored(*answer) for answer in answers]
+    _to_score[:] = answers  # the copies have them: tasks cannot be sent
+    try:
+        with ProcessPoolExecutor(num_workers, get_context("fork"), initializer=_leave_interrupts_to_parent) as processes:
+            return list(processes.map(_score_at, range(len(answers)), chunksize=ANSWERS_AT_ONCE))
+    finally:
+        _to_score.clear()
+
+
+def _score_at(index: int) -> Row:
+    return _scored(*_to_score[index])
+
+
+def _leave_interrupts_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _scored(question: Question, output: RequestOutput) -> Row:
