@@ -1,7 +1,7 @@
 """Draw docs/ablations-*.svg from the result file of ablations.py: accuracy (or agreement) against tokens per second, by group of arms.
 
 pip install 'refusion[plot]'
-python benchmarks/ablation_plots.py --input benchmarks/results/ablations-h200.json
+python benchmarks/ablation_plots.py --input benchmarks/results/ablations-slots-h200.json
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MARKERS, NUM_COLOURS = "os^D", 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the ablations.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--input", type=Path, default=harness.RESULTS / "ablations-h200.json", help="result file of ablations.py")
+    parser.add_argument("--input", type=Path, default=harness.RESULTS / "ablations-slots-h200.json", help="result file of ablations.py")
     parser.add_argument("--output", type=Path, default=harness.ROOT / "docs", help="folder of the plots")
     args = parser.parse_args()
     content = read_result(args.input)
