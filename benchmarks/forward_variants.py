@@ -70,11 +70,6 @@ def variants(kind: str | None) -> list[Variant]:
             Variant("early", overlap=Overlap(small="early", large="early")),
             Variant("late", overlap=Overlap(small="late", large="late")),
             Variant("large-off", overlap=Overlap(small="early", large="off")),
-            *(
-                Variant(f"{size >> 20} MiB ahead, {columns} columns", overlap=Overlap(ahead_bytes=size), changes={"columns": columns})
-                for size in (0, 8 << 20, 24 << 20, 48 << 20)
-                for columns in (64, 128)
-            ),
         ]
     cuts = [(4, 128, 8, 2), (4, 128, 4, 2), (8, 128, 8, 2), (8, 128, 4, 2), (8, 64, 4, 2), (16, 128, 8, 2), (16, 128, 4, 2)]
     cuts += [(16, 128, 4, 3), (16, 64, 4, 3), (32, 128, 8, 2), (32, 128, 8, 3), (32, 128, 4, 2)]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 Kind = Literal["norm_linear", "norm_gated", "linear_add", "readout"]
 
@@ -71,13 +70,6 @@ class Config:
 
     def to_dict(self) -> dict[str, int | bool]:
         return asdict(self)
-
-
-def blocks_ahead(config: Config, weight: Tensor, ahead_bytes: int) -> int:
-    """Blocks of K that every program asks of the L2 cache ahead: those the pipeline loads first, or what makes `ahead_bytes` in all."""
-    num_out, num_in = weight.shape
-    stride = config.block_k * config.split_k
-    return min(-(-num_in // stride), max(config.num_stages, ahead_bytes // (num_out * stride * weight.element_size())))
 
 
 def choose_config(num_out: int, num_in: int, num_rows: int, kind: Kind, dtype: str) -> Config | None:

@@ -34,8 +34,6 @@ class Overlap:
     """Larger ones: a kernel that stands ready early takes room and memory traffic from the one that runs."""
     large_bytes: int = 16_000_000
     """From here on a weight is large."""
-    ahead_bytes: int = 0
-    """So much of a weight is asked of the L2 cache while the kernel before ends, at least what the pipeline loads first."""
 
     def order(self, num_bytes: int) -> Order:
         """Of a product with a weight of so many bytes."""

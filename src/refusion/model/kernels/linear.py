@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refusion.model.kernels.config import Config, Kind, blocks_ahead, choose_config, invariant_config
+from refusion.model.kernels.config import Config, Kind, choose_config, invariant_config
 from refusion.model.kernels.epilogue import finish
 from refusion.model.kernels.launch import NUM_COUNTERS, counters, launch, overlap
 from refusion.model.kernels.norms import silu_multiply
@@ -181,7 +181,7 @@ def _run(
         SPLIT_K=config.split_k,
         LANES=config.lanes,
         TURNED=config.turned,
-        AHEAD=blocks_ahead(config, data, overlap().ahead_bytes),
+        NUM_STAGES=config.num_stages,
         LATE=order == "late",
         is_dependent=order != "off",
         num_stages=config.num_stages,
@@ -222,7 +222,7 @@ def _run_wide(x: Tensor, weight: Tensor, config: Config, bias: Tensor | None, re
         BLOCK_K=config.block_k,
         SPLIT_K=config.split_k,
         TURNED=config.turned,
-        AHEAD=blocks_ahead(config, weight, overlap().ahead_bytes),
+        NUM_STAGES=config.num_stages,
         LATE=order == "late",
         is_dependent=order != "off",
         num_stages=config.num_stages,
@@ -268,7 +268,7 @@ def linear_kernel(
     SPLIT_K: tl.constexpr,
     LANES: tl.constexpr,
     TURNED: tl.constexpr,
-    AHEAD: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     LATE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -301,7 +301,7 @@ def linear_kernel(
         SPLIT_K,
         LANES,
         TURNED,
-        AHEAD,
+        NUM_STAGES,
         PDL,
         LATE,
     )

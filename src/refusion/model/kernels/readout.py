@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refusion.model.kernels.config import Config, blocks_ahead
+from refusion.model.kernels.config import Config
 from refusion.model.kernels.launch import launch, overlap
 from refusion.model.kernels.linear import AUTO, operand, resolve
 from refusion.model.kernels.norms import rms_norm
@@ -75,7 +75,7 @@ def readout(
         BLOCK_K=config.block_k,
         LANES=config.lanes,
         TURNED=config.turned,
-        AHEAD=blocks_ahead(config, data, overlap().ahead_bytes),
+        NUM_STAGES=config.num_stages,
         LATE=order == "late",
         is_dependent=order != "off",
         num_stages=config.num_stages,
@@ -139,7 +139,7 @@ def readout_tiles_kernel(
     BLOCK_K: tl.constexpr,
     LANES: tl.constexpr,
     TURNED: tl.constexpr,
-    AHEAD: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     LATE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -149,7 +149,7 @@ def readout_tiles_kernel(
     weight_rows = tl.minimum(tokens, V - 1)
     acc, extra, squares, extra_squares = stream(  # pyright: ignore[reportGeneralTypeIssues]: a call inside a kernel, not Python's
         x, x_stride, num_rows, first_row, weight, weight_rows, norm_weight, eps, 0,
-        K, HAS_NORM, BLOCK_T, EXTRA_T, BLOCK_N, BLOCK_K, 1, LANES, TURNED, AHEAD, PDL, LATE,
+        K, HAS_NORM, BLOCK_T, EXTRA_T, BLOCK_N, BLOCK_K, 1, LANES, TURNED, NUM_STAGES, PDL, LATE,
     )  # fmt: skip
     release(PDL, LATE)
     owes_norm: tl.constexpr = HAS_NORM and K > BLOCK_K

@@ -37,7 +37,7 @@ def stream(
     SPLIT_K: tl.constexpr,
     LANES: tl.constexpr,
     TURNED: tl.constexpr,
-    AHEAD: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     PDL: tl.constexpr,
     LATE: tl.constexpr,
 ):
@@ -50,8 +50,8 @@ def stream(
     With LANES > 1 a block of K is cut into as many parts side by side, a leading axis of every tile: each warp multiplies its own part, so
     a small tile keeps all warps busy and the chain of dependent tensor core instructions is that much shorter. Added up at the end.
 
-    The parts of a split K take turns at its blocks, AHEAD of which are asked of the L2 cache while the previous kernel ends. With LATE the
-    next kernel may start when the loop is done, otherwise as soon as this one has begun.
+    The parts of a split K take turns at its blocks. With LATE the next kernel may start when the loop is done, otherwise as soon as this
+    one has begun.
     """
     columns = tl.arange(0, BLOCK_K // LANES)
     if LANES > 1:
@@ -78,7 +78,7 @@ def stream(
         stride: tl.constexpr = BLOCK_K * SPLIT_K
         begin = part * BLOCK_K
         if PDL:
-            prefetch(weight, weight_rows, begin, K, BLOCK_K, stride, AHEAD)
+            prefetch(weight, weight_rows, begin, K, BLOCK_K, stride, NUM_STAGES if num_blocks > NUM_STAGES else num_blocks)
         wait(PDL, LATE)
         acc = zeros(LANES, TURNED, BLOCK_N, BLOCK_T)
         squares = tl.zeros([LANES, BLOCK_T] if LANES > 1 else [BLOCK_T], dtype=tl.float32)
@@ -161,7 +161,7 @@ def release(PDL: tl.constexpr, LATE: tl.constexpr):
 
 @triton.jit
 def prefetch(weight, weight_rows, begin, K: tl.constexpr, BLOCK_K: tl.constexpr, STRIDE: tl.constexpr, NUM_BLOCKS: tl.constexpr):
-    """Ask the L2 cache for the first blocks of the weight rows while the previous kernel ends."""
+    """Ask the L2 cache for the first blocks of the weight rows: what the pipeline loads first, while the previous kernel ends."""
     elements: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # of a line of 128 bytes
     per_block: tl.constexpr = (BLOCK_K + elements - 1) // elements
     line = tl.arange(0, triton.next_power_of_2(NUM_BLOCKS * per_block))

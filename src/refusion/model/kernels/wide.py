@@ -36,7 +36,7 @@ def wide_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     TURNED: tl.constexpr,
-    AHEAD: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     LATE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -56,7 +56,7 @@ def wide_kernel(
     is_even: tl.constexpr = num_blocks * stride == K
     begin = part * BLOCK_K
     if PDL:
-        prefetch(weight, weight_rows, begin, K, BLOCK_K, stride, AHEAD)
+        prefetch(weight, weight_rows, begin, K, BLOCK_K, stride, NUM_STAGES if num_blocks > NUM_STAGES else num_blocks)
     wait(PDL, LATE)
     acc = zeros(1, TURNED, BLOCK_N, BLOCK_T)
     if EXTRA_T > 0:
