@@ -1,7 +1,8 @@
 """Tables of the benchmarks, the controlled comparison, ablations, recipes and published numbers; `tables.py` puts them into documents.
 
 `suite`: result files of `refusion eval` side by side, files of one title together in one column. `ablations`: a file's title is the group
-that is shown. `published`: claims of others with their conditions, from a file that is no result of ours.
+that is shown; `ratios`: the contender that speeds are over. `published`: claims of others with their conditions, from a file that is no
+result of ours.
 """
 
 from __future__ import annotations
@@ -101,8 +102,14 @@ def differences(sources: Sequence[Source]) -> list[str]:
 
 
 def ratios(sources: Sequence[Source]) -> list[str]:
-    """Tokens per second over one another; marked where either speed is."""
-    runs = [run for run in _runs(sources, "first") if any(name.startswith("speed_") for name in run["figures"])]
+    """Tokens per second over one another, or over the contender that is a file's title; marked where either speed is."""
+    runs = []
+    for source in sources:
+        chosen = [run for run in _runs([source], "first") if source.title in (None, run["settings"]["second"])]
+        timed = [run for run in chosen if any(name.startswith("speed_") for name in run["figures"])]
+        if not timed:
+            raise DataError(f"{source.stem} has no speeds over {source.title or 'one another'}")
+        runs += timed
     contenders = {run["settings"]["contender"]: run["figures"] for run in _runs(sources, "contender") if "seeds" in run["settings"]}
     names = list(dict.fromkeys(name for run in runs for name in run["figures"]))
     heads = [f"{kind}, batch {size}" for kind, size in (name.rsplit("_", 2)[1:] for name in names)]

@@ -82,7 +82,7 @@ def table(kind: str, names: Sequence[str], results: Path, place: str) -> list[st
         stem, _, title = name.partition("=")
         read = comparison_tables.read_published if kind == "published" else read_result
         sources.append(Source(stem, title or None, read(results / f"{stem}.json")))
-    notes = [] if kind == "published" else ["", *(provenance(source) for source in sources)]
+    notes = [] if kind == "published" else ["", *dict.fromkeys(provenance(source) for source in sources)]
     return [*KINDS[kind](sources), *notes]
 
 

@@ -110,21 +110,24 @@ def test_alternatives_of_the_checkpoint_are_left_out_where_the_correction_knows_
     assert tried["argmax acceptance, paper correction"] == 0
 
 
-def test_plots_are_drawn_from_the_result_file_and_are_the_same_twice(script: Script, tmp_path: Path) -> None:
+def test_plots_are_drawn_from_all_result_files_and_are_the_same_twice(script: Script, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    figures = {"accuracy": Interval(0.5, 0.4, 0.6), "tokens_per_second": 100.0, "autoregressive_tokens_per_second": 50.0}
-    runs = [Run(label=f"slots: {i}", settings={"group": "slots", "label": str(i)}, figures=figures) for i in (4, 8)]
+    figures = {"accuracy": Interval(0.5, 0.4, 0.6), "over_autoregressive": 2.0}
+    runs = [Run(label=f"slots: {i}", settings={"group": "slots", "label": f"arm {i}"}, figures=figures) for i in (4, 8)]
     runs.append(Run(label="kv: x", settings={"group": "kv", "label": "x"}, figures={"accuracy": Interval(0.5, 0.4, 0.6)}))
-    write_result(tmp_path / "ablations.json", Result(name="ablations", settings={}, runs=runs))
+    inputs = [tmp_path / "ablations.json", tmp_path / "more.json"]
+    write_result(inputs[0], Result(name="ablations", settings={}, runs=runs))
+    more = [runs[0], Run(label="slots: 16", settings={"group": "slots", "label": "arm 16"}, figures=figures)]
+    write_result(inputs[1], Result(name="ablations", settings={}, runs=more))
     drawn = []
     for _ in range(2):
-        code, _out, err = script("ablation_plots", "--input", tmp_path / "ablations.json", "--output", tmp_path)
+        code, _out, err = script("ablation_plots", "--input", *inputs, "--output", tmp_path)
         assert code == 0, err
         assert [path.name for path in tmp_path.glob("*.svg")] == ["ablations-slots.svg"]
         drawn.append((tmp_path / "ablations-slots.svg").read_text())
     assert drawn[0] == drawn[1]
     assert "tokens/s at batch 1" in drawn[0]
-    assert all(f">{label}<" in drawn[0] for label in (4, 8)), "the legend names every arm"
+    assert [drawn[0].count(f">arm {i}<") for i in (4, 8, 16)] == [1, 1, 1], "the legend names every arm once"
     write_result(tmp_path / "empty.json", Result(name="ablations", settings={}, runs=runs[2:]))
     code, _out, err = script("ablation_plots", "--input", tmp_path / "empty.json", "--output", tmp_path)
-    assert (code, "no arm with tokens per second" in err) == (1, True)
+    assert (code, "no arm with a speed" in err) == (1, True)

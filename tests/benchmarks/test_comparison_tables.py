@@ -93,6 +93,9 @@ def test_the_comparison_has_rows_of_contenders_differences_and_ratios(table: Tab
     assert cost[2:] == ["| refusion | 2.00 | – | 1,500 | 90.0 % | – | – |", "| only timed | – | – | 80 | – | – | – |"]
     assert table("differences comparison")[2] == "| refusion - y | -1.2 (-3.0 to +0.6) | +2.0 (+0.0 to +4.0) |"
     assert table("ratios comparison")[2] == "| refusion over y | 2.50× (2.40–2.60) | 0.80× |"
+    assert table('ratios comparison="y"') == table("ratios comparison")
+    with pytest.raises(DataError, match="no speeds over refusion"):
+        table('ratios comparison="refusion"')
 
 
 def test_speeds_of_turns_with_first_runs_are_marked_and_what_rests_on_them(tables: ModuleType, tmp_path: Path) -> None:
