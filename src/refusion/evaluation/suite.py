@@ -6,6 +6,7 @@ long run needs: a log that grows with the run and is continued, a scorer that ma
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import itertools
@@ -44,6 +45,7 @@ MOST_SCORERS = 16
 """Processes that score at once; each begins as a copy of this one."""
 ANSWERS_AT_ONCE = 8
 """Answers that a process takes at a time."""
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 _to_score: list[tuple[Question, RequestOutput]] = []
 """What the copies of this process find in their memory."""
 
@@ -67,7 +69,8 @@ class SuiteSettings:
     diffusion: DiffusionParams | None = None
     """Settings of a diffusion decoder, for all benchmarks."""
     batch_size: int | None = None
-    """Questions decoded together; None: the engine's choice."""
+    """Questions decoded together, for which the engine should be made (`EngineSettings.max_num_seqs`): it gets eight times as many at once,
+    which is how many a crash can lose. None: 64 on a GPU, 1 on a CPU."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -254,7 +257,7 @@ def _score_all(benchmark: Benchmark, answers: list[tuple[Question, RequestOutput
         return [_scored(*answer) for answer in answers]
     _to_score[:] = answers  # the copies have them: tasks cannot be sent
     try:
-        with ProcessPoolExecutor(num_workers, get_context("fork"), initializer=_leave_interrupts_to_parent) as processes:
+        with ProcessPoolExecutor(num_workers, get_context("fork"), initializer=_become_scorer) as processes:
             return list(processes.map(_score_at, range(len(answers)), chunksize=ANSWERS_AT_ONCE))
     finally:
         _to_score.clear()
@@ -264,8 +267,13 @@ def _score_at(index: int) -> Row:
     return _scored(*_to_score[index])
 
 
-def _leave_interrupts_to_parent() -> None:
+def _become_scorer() -> None:
+    """What a copy must do otherwise than its parent, to whom it leaves interrupts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Without it the copies of a killed run wait for ever for the next answer, and hold what the run had of the GPU.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # Past a progress bar, which prints under a lock: one that its thread held at the moment of the copy is never released here.
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 def _scored(question: Question, output: RequestOutput) -> Row:
