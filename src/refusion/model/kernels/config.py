@@ -32,7 +32,8 @@ WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "float8": 1}
 TUNED = Path(__file__).with_name("tuned.json")
 """What an H100 measured."""
 TUNED_BY_CARD = {"H200": Path(__file__).with_name("tuned-h200.json")}
-"""By a part of the card's name: entries that take the place of those, where another balance of memory and arithmetic decides otherwise."""
+"""By a word of the card's name (a GH200 is no H200): entries that take the place of those, where memory and arithmetic are in another
+balance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +162,12 @@ def tuned_entries(known: str | None) -> dict[str, dict[str, Any] | None]:
 
 @functools.cache
 def card() -> str | None:
-    """Which card of TUNED_BY_CARD this one is. REFUSION_CARD names it where kernels are compiled by processes that must not touch it."""
+    """Which card of TUNED_BY_CARD this one is, once for the process: on a machine with several kinds the current device decides.
+
+    REFUSION_CARD names it where kernels are compiled by processes that must not touch it.
+    """
     name = os.environ.get("REFUSION_CARD") or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
-    return next((known for known in TUNED_BY_CARD if known in name), None)
+    return next((known for known in TUNED_BY_CARD if known in name.split()), None)
 
 
 @functools.cache
