@@ -219,7 +219,8 @@ def test_heuristic_configs_are_sound(shape: tuple[int, int], num_rows: int) -> N
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Gives the card another name."""
+    """Gives the card another name, and room for every tile."""
+    monkeypatch.setattr(table, "shared_limit", lambda: 1 << 30)
 
     def call(name: str) -> None:
         monkeypatch.setenv("REFUSION_CARD", name)
@@ -240,6 +241,22 @@ def test_a_card_has_entries_of_its_own_before_those_of_all(called: Callable[[str
         kind, num_out, num_in, num_rows, dtype = key.split(":")
         chosen = choose_config(int(num_out), int(num_in), int(num_rows), kind, dtype)  # pyright: ignore[reportArgumentType]
         assert chosen == (None if entry is None else Config(**entry)), key
+
+
+def test_tiles_that_a_large_card_measured_are_not_taken_where_they_do_not_fit(
+    called: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called("some card")
+    for limit, fits_all in ((227 * 1024, True), (99 * 1024, False)):  # of an H100, and of a GeForce of the same years
+        monkeypatch.setattr(table, "shared_limit", lambda limit=limit: limit)
+        has_other = False
+        for key, entry in table.tuned_entries(None).items():
+            kind, num_out, num_in, num_rows, dtype = key.split(":")
+            chosen = choose_config(int(num_out), int(num_in), int(num_rows), kind, dtype)  # pyright: ignore[reportArgumentType]
+            measured = None if entry is None else Config(**entry)
+            has_other |= chosen != measured
+            assert chosen != measured or measured is None or measured.shared_bytes(table.WIDTHS[dtype]) <= limit, key
+        assert has_other != fits_all
 
 
 def test_a_card_is_known_by_a_whole_word_of_its_name(called: Callable[[str], None]) -> None:

@@ -8,6 +8,7 @@ the tensor cores and the re-reading of x from the L2 cache (once per `block_n` w
 import functools
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +71,11 @@ class Config:
         """Row tiles and weight tiles of a product."""
         return -(-num_rows // self.rows), -(-num_out // self.weight_rows)
 
+    def shared_bytes(self, width: int) -> int:
+        """Shared memory of a program, at most: weights have `width` bytes, x has 2."""
+        stage = self.block_k * (width * self.weight_rows + 2 * self.rows)
+        return self.num_stages * stage + (2 * self.block_k * self.block_n if self.turned and width == 1 else 0)  # a tile lies converted
+
     def to_dict(self) -> dict[str, int | bool]:
         return asdict(self)
 
@@ -85,7 +91,9 @@ def choose_config(num_out: int, num_in: int, num_rows: int, kind: Kind, dtype: s
     """Tiles for `num_rows` rows of x times a weight [num_out, num_in] stored as `dtype`; None: the library's product is faster."""
     for most_rows, config in _tuned(card()).get((kind, num_out, num_in, dtype), ()):
         if num_rows <= most_rows:
-            return config
+            if config is None or config.shared_bytes(WIDTHS[dtype]) <= shared_limit():
+                return config
+            break  # a smaller card than the one that measured
     if dtype == "float32" and kind != "readout":
         return None
     if dtype in ("bfloat16", "float16") and kind != "readout" and num_rows > SKINNY_ROWS:
@@ -168,6 +176,14 @@ def card() -> str | None:
     """
     name = os.environ.get("REFUSION_CARD") or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
     return next((known for known in TUNED_BY_CARD if known in name.split()), None)
+
+
+@functools.cache
+def shared_limit() -> int:
+    """Bytes of shared memory that a program may have, once for the process like `card`; no limit where nothing is run."""
+    if os.environ.get("REFUSION_CARD") or not torch.cuda.is_available():
+        return sys.maxsize
+    return getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin", sys.maxsize)  # NVIDIA's cards have it
 
 
 @functools.cache
