@@ -270,6 +270,20 @@ def test_a_scorer_that_tells_something_waits_for_no_lock_of_the_bar(two_scorers:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be copied safely")
+def test_an_answer_that_ends_its_scorer_is_recorded(two_scorers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scored(name: str) -> dict[str, Any]:
+        if name == "fatal":
+            os._exit(9)
+        return {"filtered": {"none": name}, "scores": {}, "error": None}
+
+    monkeypatch.setattr(suite, "_scored", scored)
+    answers: Any = [("first",), ("fatal",), ("last",)]
+    found = suite._score_all(BENCHMARKS["math"], answers)
+    assert [row["filtered"].get("none") for row in found] == ["first", None, "last"]
+    assert [row["error"] is None for row in found] == [True, False, True]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be copied safely")
 def test_scorers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
     script = """
 import os, pathlib, sys, time

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -257,10 +258,25 @@ def _score_all(benchmark: Benchmark, answers: list[tuple[Question, RequestOutput
         return [_scored(*answer) for answer in answers]
     _to_score[:] = answers  # the copies have them: tasks cannot be sent
     try:
-        with ProcessPoolExecutor(num_workers, get_context("fork"), initializer=_become_scorer) as processes:
+        with _copies(num_workers) as processes:
             return list(processes.map(_score_at, range(len(answers)), chunksize=ANSWERS_AT_ONCE))
+    except BrokenProcessPool:
+        return [_score_apart(index) for index in range(len(answers))]
     finally:
         _to_score.clear()
+
+
+def _copies(count: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(count, get_context("fork"), initializer=_become_scorer)
+
+
+def _score_apart(index: int) -> Row:
+    """Slow, but an answer that ends the process which scores it (for want of memory, say) is found and recorded like one that raises."""
+    try:
+        with _copies(1) as process:
+            return process.submit(_score_at, index).result()
+    except BrokenProcessPool as error:
+        return _failed(error)
 
 
 def _score_at(index: int) -> Row:
@@ -289,8 +305,12 @@ def _scored(question: Question, output: RequestOutput) -> Row:
             found = task.process_results(instance.doc, [filtered[ensemble.name]])
             scores |= {f"{metric},{ensemble.name}": float(value) for metric, value in found.items()}
     except Exception as error:
-        return {"filtered": filtered, "scores": scores, "error": f"{type(error).__name__}: {error}"}
+        return _failed(error, filtered, scores)
     return {"filtered": filtered, "scores": scores, "error": None}
+
+
+def _failed(error: Exception, filtered: Row | None = None, scores: Row | None = None) -> Row:
+    return {"filtered": filtered or {}, "scores": scores or {}, "error": f"{type(error).__name__}: {error}"}
 
 
 def _row(benchmark: Benchmark, question: Question, output: RequestOutput, seconds: float) -> Row:
