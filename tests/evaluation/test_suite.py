@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -267,6 +268,32 @@ def test_a_scorer_that_tells_something_waits_for_no_lock_of_the_bar(two_scorers:
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", Bar())
         assert len(suite._score_all(BENCHMARKS["math"], [()] * 4)) == 4  # pyright: ignore[reportArgumentType]: nobody looks at them
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be copied safely")
+def test_scorers_collect_no_garbage_of_the_run(two_scorers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        """Stands for a graph or an event, which only the process that made it can free."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            (tmp_path / str(os.getpid())).touch()
+
+    def scored(*_: Any) -> dict[str, Any]:
+        gc.collect()
+        return {"filtered": {}, "scores": {}, "error": None}
+
+    monkeypatch.setattr(suite, "_scored", scored)
+    gc.disable()
+    try:
+        OnGpu()
+        suite._score_all(BENCHMARKS["math"], [()] * 4)  # pyright: ignore[reportArgumentType]: nobody looks at them
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [file.name for file in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be copied safely")

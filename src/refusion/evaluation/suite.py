@@ -7,6 +7,7 @@ long run needs: a log that grows with the run and is continued, a scorer that ma
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import importlib.metadata
 import itertools
@@ -288,6 +289,7 @@ def _become_scorer() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Without it the copies of a killed run wait for ever for the next answer, and hold what the run had of the GPU.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    gc.freeze()  # garbage of the parent is never collected here: a copy cannot free what is on a GPU
     # Past a progress bar, which prints under a lock: one that its thread held at the moment of the copy is never released here.
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
