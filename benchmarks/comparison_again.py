@@ -64,7 +64,9 @@ def unpack(raw: Path, state: Path) -> None:
 
 def again(content: dict[str, Any], state: Path, seeds: list[int] | None = None) -> dict[str, Any]:
     """The result file with the figures of all seeds, or of these."""
-    rows = [json.loads(line) for path in sorted((state / "answers").glob("*.jsonl")) for line in path.read_text().splitlines()]
+    # No `splitlines`: answers may hold U+2028 and its like.
+    lines = [line for path in sorted((state / "answers").glob("*.jsonl")) for line in path.read_text(encoding="utf-8").split("\n")]
+    rows = [json.loads(line) for line in lines if line]
     models = models_of(rows, content["settings"]["weights"], state, seeds)
     tasks = tasks_of(content["settings"]["chat_rows"])
     result = comparison_figures.result(rows, models, comparison.CONTENDERS, tasks, {})

@@ -43,7 +43,9 @@ take() { # the next job that may begin, marked as begun: NAME, `alone` or `besid
         [[ $line =~ ^[[:space:]]*([A-Za-z0-9._-]+)[[:space:]]*([^|]*)\|[[:space:]]*(.+)$ ]] || { refuse "$line"; continue; }
         name=${BASH_REMATCH[1]} words=" ${BASH_REMATCH[2]} " command=${BASH_REMATCH[3]} how=beside after=
         [ ! -e "$queue/$name.begun" ] || continue
-        [[ $words != *" alone "* ]] || how=alone
+        # What is not understood must not begin: a misspelt `after` would run too early, a misspelt `alone` beside others.
+        [[ $words =~ ^([[:space:]]+(alone|after=[A-Za-z0-9._,-]+))*[[:space:]]+$ ]] || { refuse "$line"; continue; }
+        [[ ! $words =~ [[:space:]]alone[[:space:]] ]] || how=alone
         [[ ! $words =~ after=([^[:space:]]+) ]] || after=${BASH_REMATCH[1]}
         if have_ended "${after//,/ }"; then
             touch "$queue/$name.begun"

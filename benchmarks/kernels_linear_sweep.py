@@ -160,7 +160,7 @@ def is_sensible(product: Product, config: Config, quantized: str | None = None) 
     return (
         3 <= config.num_stages <= blocks // config.split_k + 1
         and blocks >= 2 * config.split_k
-        and shared_bytes(config, quantized) <= SHARED_LIMIT
+        and config.shared_bytes(1 if quantized else 2) <= SHARED_LIMIT
         and accumulators <= (128 if config.rows < 128 else 192)
         and config.block_n * config.block_k >= 32 * config.num_warps * 8
         and (config.block_n >= 64 or config.rows <= 64)
@@ -170,18 +170,13 @@ def is_sensible(product: Product, config: Config, quantized: str | None = None) 
     )
 
 
-def shared_bytes(config: Config, quantized: str | None = None) -> int:
-    stage = config.block_k * (config.weight_rows * (1 if quantized else 2) + 2 * config.rows)
-    return config.num_stages * stage + (2 * config.block_k * config.block_n if config.turned and quantized else 0)  # a tile lies converted
-
-
 def estimate(product: Product, num_rows: int, config: Config, quantized: str | None = None) -> float:
     """Seconds by a roofline with waves and latency: good enough to drop what cannot win."""
     row_tiles, weight_tiles = config.tiles(num_rows, product.num_out)
     tiles = row_tiles * weight_tiles
     programs = tiles * config.split_k
     looped = config.block_k < product.num_in
-    resident = max(1, min(SHARED_LIMIT // (shared_bytes(config, quantized) + 1024) if looped else 2, 16 // config.num_warps, 8))
+    resident = max(1, min(SHARED_LIMIT // (config.shared_bytes(1 if quantized else 2) + 1024) if looped else 2, 16 // config.num_warps, 8))
     waves = programs / (132 * resident)
     efficiency = 1.0 if waves > 8 else min(1.0, programs / 132) if waves <= 1 else waves / -(-waves // 1)
     width = 1 if quantized else 2

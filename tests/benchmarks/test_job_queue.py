@@ -44,6 +44,15 @@ def test_jobs_run_in_order_on_the_gpu_they_are_given_and_a_failure_stops_nobody(
     assert len(told(work)) == 7
 
 
+def test_a_job_with_a_word_that_nobody_knows_does_not_begin(work: Path) -> None:
+    lines = ("early afer=good | true", "apart after=good, late | true", "lone alnoe | true")
+    assert start(work, "\n".join((*lines, "good | true", "last  after=good\talone| true")), "0").wait(timeout=30) == 0
+    assert told(work) == [
+        *(f"not a job: {line}" for line in lines),
+        "GPU 0: good begins", "GPU 0: good ended with 0", "GPU 0: last begins", "GPU 0: last ended with 0",
+    ]  # fmt: skip
+
+
 def test_who_is_to_be_alone_waits_and_lets_nobody_in(work: Path) -> None:
     jobs = "short | sleep 0.2\nlong | sleep 1\nalone alone | sleep 0.5\nnext | true\n"
     assert start(work, jobs, "0", "0").wait(timeout=30) == 0

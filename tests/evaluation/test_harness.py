@@ -108,6 +108,14 @@ def test_refusion_generates_and_bounds_likelihoods(roomy_model_dir: Path, tmp_pa
     assert all(log_prob < 0 for row in found["tiny_choose"] for ((log_prob, _),) in row)
 
 
+@pytest.mark.parametrize(("batch_size", "seats"), [(None, None), ("auto", None), (1, 1), ("3", 3)])
+def test_so_many_prompts_as_the_batch_size_says_are_decoded_together(
+    tiny_model_dir: Path, batch_size: int | str | None, seats: int | None
+) -> None:
+    lm = ReFusionLM(tiny_model_dir, decoder="autoregressive", device="cpu", batch_size=batch_size)
+    assert lm.llm.engine_settings.max_num_seqs == seats
+
+
 @pytest.mark.parametrize(("decoder", "settings"), [("masked_diffusion", {"steps": 4}), ("block_diffusion", {"threshold": 0.5})])
 def test_diffusion_decoders_generate_and_bound_likelihoods(
     roomy_model_dir: Path, tmp_path: Path, decoder: str, settings: dict[str, Any]

@@ -59,3 +59,19 @@ def test_what_is_appended_while_another_process_mends_the_file_stays(tmp_path: P
     assert ours.rows("gsm8k") == [row(0)]
     appending.join()
     assert ours.rows("gsm8k") == [row(0), row(1)]
+
+
+def test_answers_may_hold_line_separators_that_are_no_line_feeds(tmp_path: Path) -> None:
+    log = SampleLog(tmp_path / "run.samples", SETTINGS, resume=True)
+    written = [row(0) | {"response": "one\u2028two\x85three\r\nfour"}, row(1)]
+    log.append("gsm8k", written)
+    assert log.rows("gsm8k") == written
+
+
+def test_a_line_that_another_process_left_half_written_spoils_no_other(tmp_path: Path) -> None:
+    log = SampleLog(tmp_path / "run.samples", SETTINGS, resume=True)
+    log.append("gsm8k", [row(0)])
+    with log.path("gsm8k").open("a") as file:
+        file.write('{"task": "gsm8k", "doc_')
+    log.append("gsm8k", [row(1), row(2)])
+    assert log.rows("gsm8k") == [row(0), row(1), row(2)]

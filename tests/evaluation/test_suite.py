@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -246,6 +250,99 @@ def test_formulas_are_compared_in_copies_of_the_process_with_the_same_outcome(
         monkeypatch.setattr(suite, "MOST_SCORERS", most)
         run(llm, data_dir, tmp_path / f"{most}.json", tasks=("math",))
         assert all((row["scores"]["process"] == os.getpid()) == is_here for row in rows(tmp_path / f"{most}.json", "math"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be copied safely")
+def test_a_scorer_that_tells_something_waits_for_no_lock_of_the_bar(two_scorers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bar(io.StringIO):
+        """A stream whose lock another thread held when the process was copied."""
+
+        def write(self, text: str) -> int:
+            raise AssertionError("a copy of this process would wait for ever")
+
+    def scored(*_: Any) -> dict[str, Any]:
+        print("a formula took too long", file=sys.stderr)
+        return {"filtered": {}, "scores": {}, "error": None}
+
+    monkeypatch.setattr(suite, "_scored", scored)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Bar())
+        assert len(suite._score_all(BENCHMARKS["math"], [()] * 4)) == 4  # pyright: ignore[reportArgumentType]: nobody looks at them
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be copied safely")
+def test_scorers_collect_no_garbage_of_the_run(two_scorers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        """Stands for a graph or an event, which only the process that made it can free."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            (tmp_path / str(os.getpid())).touch()
+
+    def scored(*_: Any) -> dict[str, Any]:
+        gc.collect()
+        return {"filtered": {}, "scores": {}, "error": None}
+
+    monkeypatch.setattr(suite, "_scored", scored)
+    gc.disable()
+    try:
+        OnGpu()
+        suite._score_all(BENCHMARKS["math"], [()] * 4)  # pyright: ignore[reportArgumentType]: nobody looks at them
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [file.name for file in tmp_path.iterdir()] == [str(os.getpid())]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be copied safely")
+def test_an_answer_that_ends_its_scorer_is_recorded(two_scorers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scored(name: str) -> dict[str, Any]:
+        if name == "fatal":
+            os._exit(9)
+        return {"filtered": {"none": name}, "scores": {}, "error": None}
+
+    monkeypatch.setattr(suite, "_scored", scored)
+    answers: Any = [("first",), ("fatal",), ("last",)]
+    found = suite._score_all(BENCHMARKS["math"], answers)
+    assert [row["filtered"].get("none") for row in found] == ["first", None, "last"]
+    assert [row["error"] is None for row in found] == [True, False, True]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be copied safely")
+def test_scorers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    script = """
+import os, pathlib, sys, time
+from refusion.evaluation import suite
+from refusion.evaluation.benchmarks import BENCHMARKS
+
+def scored(*_):
+    pathlib.Path(sys.argv[1], str(os.getpid())).touch()
+    time.sleep(60)
+
+suite._scored, suite.num_cores, suite.ANSWERS_AT_ONCE = scored, lambda: 2, 1
+suite._score_all(BENCHMARKS["math"], [()] * 4)
+"""
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) as run:
+        assert comes_true(lambda: len(list(tmp_path.iterdir())) == 2)
+        run.kill()
+    assert comes_true(lambda: not any(is_running(int(file.name)) for file in tmp_path.iterdir()))
+
+
+def comes_true(claim: Callable[[], bool], seconds: float = 20) -> bool:
+    ends = time.monotonic() + seconds
+    while not claim() and time.monotonic() < ends:
+        time.sleep(0.05)
+    return claim()
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process; one that nobody has collected yet has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_rows_are_read_once_and_not_for_every_question(llm: LLM, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from refusion.model import attention_ops
 from refusion.model.kernels import rotary, store
 from refusion.model.kernels.attention import Workspace, attend, rotate_and_attend
-from refusion.model.kernels.attention_config import MAX_SPLITS, Config, choose_splits, padded_rows, parts_at_a_time
+from refusion.model.kernels.attention_config import MAX_SPLITS, Config, choose_config, choose_splits, padded_rows, parts_at_a_time
 from refusion.model.rows import Tiles, plain_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,6 +135,31 @@ def test_splits_fill_half_of_the_workspace() -> None:
     assert choose_splits(num_tiles=1, num_kv_heads=1, num_parts=1000) == MAX_SPLITS
     assert parts_at_a_time(16, 128, num_warps=4) == 8
     assert parts_at_a_time(128, 128, num_warps=4) == 1
+
+
+def test_long_contexts_are_shared_by_more_programs_but_never_more_than_the_workspace_holds() -> None:
+    num_more = 0
+    for num_tiles in range(1, 80):
+        for num_kv_heads in (1, 3, 8):
+            for head_dim in (64, 128):
+                short, long = (
+                    choose_config(num_tiles, num_kv_heads, 64, head_dim, torch.bfloat16, 264, is_long).splits for is_long in (False, True)
+                )
+                assert short <= long
+                assert long == 1 or num_tiles * num_kv_heads * long <= 264
+                num_more += long > short
+    assert num_more
+
+
+def test_the_parts_of_a_long_context_may_fill_the_workspace() -> None:
+    forward = forward_of([Seat(700, 0, CHAIN + PLAN)], head_dim=128, num_kv_heads=1).to(DEVICE)
+    tiles = plain_tiles(forward.spans, 4, 2, is_long=True)
+    tile_rows = padded_rows(4, forward.query.shape[1])
+    workspace = Workspace(8, tile_rows, 128, torch.device(DEVICE))
+    assert choose_config(2, 1, tile_rows, 128, torch.float32, workspace.num_parts, tiles.is_long).splits == 4
+    found = attend(forward.query.clone(), *forward.arguments[1:], tiles, workspace)
+    torch.testing.assert_close(found, attention_ops.attend(*forward.arguments), rtol=0, atol=2e-6)
+    assert not workspace.arrived.any()
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from refusion.model.kernels import launch, linear
 from refusion.model.kernels.config import SKINNY_ROWS, Config, choose_config, cover, heuristic
 from refusion.model.kernels.norms import rms_norm, silu_multiply
 from refusion.model.kernels.owed import Owed
+from refusion.model.kernels.readout import readout
 from refusion.model.quantize import QuantizedWeight, quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -215,20 +217,61 @@ def test_heuristic_configs_are_sound(shape: tuple[int, int], num_rows: int) -> N
     assert config.block_k >= 16 * config.lanes
 
 
-def test_a_card_has_entries_of_its_own_before_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Gives the card another name, and room for every tile."""
+    monkeypatch.setattr(table, "shared_limit", lambda: 1 << 30)
+
+    def call(name: str) -> None:
+        monkeypatch.setenv("REFUSION_CARD", name)
+        table.card.cache_clear()
+
+    yield call
+    table.card.cache_clear()
+
+
+def test_a_card_has_entries_of_its_own_before_those_of_all(called: Callable[[str], None]) -> None:
     shared = table.tuned_entries(None)
     name = next(iter(table.TUNED_BY_CARD))
     own = table.tuned_entries(name)
     assert own.keys() >= shared.keys()
-    monkeypatch.setenv("REFUSION_CARD", f"NVIDIA {name}")
-    table.card.cache_clear()
+    called(f"NVIDIA {name}")
     assert table.card() == name
     for key, entry in own.items():
         kind, num_out, num_in, num_rows, dtype = key.split(":")
         chosen = choose_config(int(num_out), int(num_in), int(num_rows), kind, dtype)  # pyright: ignore[reportArgumentType]
         assert chosen == (None if entry is None else Config(**entry)), key
-    monkeypatch.undo()
-    table.card.cache_clear()
+
+
+def test_tiles_that_a_large_card_measured_are_not_taken_where_they_do_not_fit(
+    called: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called("some card")
+    for limit, fits_all in ((227 * 1024, True), (99 * 1024, False)):  # of an H100, and of a GeForce of the same years
+        monkeypatch.setattr(table, "shared_limit", lambda limit=limit: limit)
+        has_other = False
+        for key, entry in table.tuned_entries(None).items():
+            kind, num_out, num_in, num_rows, dtype = key.split(":")
+            chosen = choose_config(int(num_out), int(num_in), int(num_rows), kind, dtype)  # pyright: ignore[reportArgumentType]
+            measured = None if entry is None else Config(**entry)
+            has_other |= chosen != measured
+            assert chosen != measured or measured is None or measured.shared_bytes(table.WIDTHS[dtype]) <= limit, key
+        assert has_other != fits_all
+
+
+def test_a_card_is_known_by_a_whole_word_of_its_name(called: Callable[[str], None]) -> None:
+    for name, known in {"NVIDIA H200 NVL": "H200", "NVIDIA GH200 480GB": None, "NVIDIA H100 80GB HBM3": None, "NVIDIA H20": None}.items():
+        called(name)
+        assert table.card() == known, name
+
+
+def test_products_refuse_configs_that_their_kernels_cannot_keep() -> None:
+    case = Case(3)
+    with pytest.raises(AssertionError, match="residual stream"):
+        linear.norm_linear(case.x, *case.norm, case.weight, config=Config(32, 16, 2, 2, 4, 16, prenorm=True, owes_sum=True))
+    banned, given = torch.zeros(NUM_OUT, device=DEVICE), torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(AssertionError, match="one piece"):
+        readout(case.x, *case.norm, case.weight, banned, given, config=CONFIGS["two pieces of weight"])
 
 
 @pytest.mark.gpu

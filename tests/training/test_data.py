@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -240,12 +241,26 @@ def test_tokenised_rows_on_disk_are_those_in_memory_and_are_made_once(
 def test_cached_rows_are_not_those_of_another_padding(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Which rows fit a packed row depends on what their answers are padded to."""
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n" + json.dumps({"prompt_ids": [20] * 90, "answer_ids": [30, 31]}) + "\n")
+    answer = [30, tokenizer.eos_token_ids[0]]
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps({"prompt_ids": [20] * 90, "answer_ids": answer}) + "\n")
     settings = DataSettings(sources=(Source(path=str(path)),), pack_length=128, cache=str(tmp_path / "cache"))
     for padding, count in ((0, 2), (64, 1)):
         objective = ObjectiveSettings(name="masked_diffusion", pad_answers=padding)
         found = load_examples(settings, tokenizer=tokenizer, mask_token_id=16, vocab_size=49152, objective=objective)
         assert (len(found), found.num_too_long) == (count, 2 - count)
+
+
+@pytest.mark.parametrize("name", ["refusion", "masked_diffusion"])
+def test_an_answer_without_an_end_is_not_padded_with_its_last_token(tmp_path: Path, tokenizer: Tokenizer, name: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt_ids": [20], "answer_ids": [30, 31]}) + "\n")
+    settings = DataSettings(sources=(Source(path=str(path)),))
+    for padding, refused in ((0, nullcontext()), (16, pytest.raises(DataError, match="31, no EOS"))):
+        with refused:
+            load_examples(
+                settings, tokenizer=tokenizer, mask_token_id=16, vocab_size=49152,
+                objective=ObjectiveSettings(name=name, pad_answers=padding),
+            )  # fmt: skip
 
 
 def test_a_failed_tokenisation_leaves_nothing_in_the_cache(tmp_path: Path, tokenizer: Tokenizer) -> None:

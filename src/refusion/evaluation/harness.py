@@ -22,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from refusion.decoding.params import SamplingParams, SlotParams
+from refusion.engine.settings import EngineSettings
 from refusion.errors import CheckpointError, ConfigError
 from refusion.evaluation.diffusion_likelihood import diffusion_bounds
 from refusion.evaluation.likelihood import BoundSettings, Likelihood, Pair, chain_likelihoods, slot_bounds
@@ -43,9 +44,10 @@ _log = logging.getLogger(__name__)
 class ReFusionLM(TemplateLM):
     """`refusion` of the harness.
 
-    pretrained: named model, directory, or an `LLM`. decoder: "refusion", "autoregressive", ... batch_size: prompts decoded together and
-    rows scored together. likelihood_samples: masked sets per continuation in the bound. check_greedy: whether likelihood requests also
-    find out, by decoding, if the continuation is what the model would write (costs a decoding each; the chain knows it for nothing).
+    pretrained: named model, directory, or an `LLM`. decoder: "refusion", "autoregressive", ... batch_size: prompts decoded together (an
+    `LLM` brings its own number) and rows scored together. likelihood_samples: masked sets per continuation in the bound. check_greedy:
+    whether likelihood requests also find out, by decoding, if the continuation is what the model would write (costs a decoding each; the
+    chain knows it for nothing).
     Slot settings (slot_size=..., serial_blocks=..., ...) hold for every task that does not bring its own; a diffusion decoder takes its
     own settings (block_size=..., threshold=..., ...) instead, and a task's slot settings mean nothing to it.
     """
@@ -74,7 +76,11 @@ class ReFusionLM(TemplateLM):
         _refuse_unknown(settings, known, "model argument", ("pretrained", "decoder", "device", "dtype", "seed", "likelihood_samples"))
         slots = settings if kind is None else {}
         diffusion = None if kind is None else kind(**settings)
-        self.llm = pretrained if isinstance(pretrained, LLM) else LLM.from_pretrained(pretrained, device=_device(device), dtype=dtype)
+        self.batch_size = int(batch_size) if batch_size is not None and str(batch_size).isdigit() else None  # "auto" is ours to choose
+        if not isinstance(pretrained, LLM):
+            engine = EngineSettings(max_num_seqs=self.batch_size)
+            pretrained = LLM.from_pretrained(pretrained, device=_device(device), dtype=dtype, engine=engine)
+        self.llm = pretrained
         if self.llm.tokenizer is None:
             raise CheckpointError(f"{self.llm.path} has no tokenizer.json; put the tokenizer of its base beside the weights")
         if decoder not in _WITHOUT_MASK and self.llm.model.config.mask_token_id is None:
@@ -86,7 +92,6 @@ class ReFusionLM(TemplateLM):
         self.slots = slots
         self.diffusion = self.llm.resolve_diffusion(decoder, diffusion)
         self.num_samples = likelihood_samples
-        self.batch_size = int(batch_size) if batch_size is not None and str(batch_size).isdigit() else None  # "auto" is ours to choose
         self.max_gen_toks = max_gen_toks
         self.max_length: int = max_length or self.llm.model.config.max_position_embeddings
         self.outputs: list[RequestOutput] = []

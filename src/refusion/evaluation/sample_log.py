@@ -6,9 +6,10 @@ Beside the lines stands what they were made with: a run with other settings does
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock
 
@@ -48,7 +49,8 @@ class SampleLog:
     def _rows(self, path: Path) -> list[dict[str, Any]]:
         if not path.exists():
             return []
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        # No `splitlines`: answers may hold U+2028 and its like, which JSON leaves as they are.
+        lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
         rows: dict[tuple[str, int], dict[str, Any]] = {}
         for line in lines:
             row = _parsed(line)
@@ -60,8 +62,18 @@ class SampleLog:
         return list(rows.values())
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        with self._lock, self.path(name).open("a", encoding="utf-8") as file:
-            file.write("".join(_line(row) for row in rows))
+        """Write rows behind those that are there; behind the half line of a process that crashed they begin a new one."""
+        with self._lock, self.path(name).open("ab+") as file:
+            begins = "\n" if _ends_in_half_a_line(file) else ""
+            file.write((begins + "".join(_line(row) for row in rows)).encode())
+
+
+def _ends_in_half_a_line(file: BinaryIO) -> bool:
+    end = file.seek(0, os.SEEK_END)
+    if end == 0:
+        return False
+    file.seek(end - 1)
+    return file.read(1) != b"\n"
 
 
 def _line(row: Mapping[str, Any]) -> str:

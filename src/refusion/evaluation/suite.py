@@ -6,6 +6,8 @@ long run needs: a log that grows with the run and is continued, a scorer that ma
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import importlib.metadata
 import itertools
@@ -17,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,6 +47,7 @@ MOST_SCORERS = 16
 """Processes that score at once; each begins as a copy of this one."""
 ANSWERS_AT_ONCE = 8
 """Answers that a process takes at a time."""
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 _to_score: list[tuple[Question, RequestOutput]] = []
 """What the copies of this process find in their memory."""
 
@@ -67,7 +71,8 @@ class SuiteSettings:
     diffusion: DiffusionParams | None = None
     """Settings of a diffusion decoder, for all benchmarks."""
     batch_size: int | None = None
-    """Questions decoded together; None: the engine's choice."""
+    """Questions decoded together, for which the engine should be made (`EngineSettings.max_num_seqs`): it gets eight times as many at once,
+    which is how many a crash can lose. None: 64 on a GPU, 1 on a CPU."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -254,18 +259,39 @@ def _score_all(benchmark: Benchmark, answers: list[tuple[Question, RequestOutput
         return [_scored(*answer) for answer in answers]
     _to_score[:] = answers  # the copies have them: tasks cannot be sent
     try:
-        with ProcessPoolExecutor(num_workers, get_context("fork"), initializer=_leave_interrupts_to_parent) as processes:
+        with _copies(num_workers) as processes:
             return list(processes.map(_score_at, range(len(answers)), chunksize=ANSWERS_AT_ONCE))
+    except BrokenProcessPool:
+        return [_score_apart(index) for index in range(len(answers))]
     finally:
         _to_score.clear()
+
+
+def _copies(count: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(count, get_context("fork"), initializer=_become_scorer)
+
+
+def _score_apart(index: int) -> Row:
+    """Slow, but an answer that ends the process which scores it (for want of memory, say) is found and recorded like one that raises."""
+    try:
+        with _copies(1) as process:
+            return process.submit(_score_at, index).result()
+    except BrokenProcessPool as error:
+        return _failed(error)
 
 
 def _score_at(index: int) -> Row:
     return _scored(*_to_score[index])
 
 
-def _leave_interrupts_to_parent() -> None:
+def _become_scorer() -> None:
+    """What a copy must do otherwise than its parent, to whom it leaves interrupts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Without it the copies of a killed run wait for ever for the next answer, and hold what the run had of the GPU.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    gc.freeze()  # garbage of the parent is never collected here: a copy cannot free what is on a GPU
+    # Past a progress bar, which prints under a lock: one that its thread held at the moment of the copy is never released here.
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 def _scored(question: Question, output: RequestOutput) -> Row:
@@ -281,8 +307,12 @@ def _scored(question: Question, output: RequestOutput) -> Row:
             found = task.process_results(instance.doc, [filtered[ensemble.name]])
             scores |= {f"{metric},{ensemble.name}": float(value) for metric, value in found.items()}
     except Exception as error:
-        return {"filtered": filtered, "scores": scores, "error": f"{type(error).__name__}: {error}"}
+        return _failed(error, filtered, scores)
     return {"filtered": filtered, "scores": scores, "error": None}
+
+
+def _failed(error: Exception, filtered: Row | None = None, scores: Row | None = None) -> Row:
+    return {"filtered": filtered or {}, "scores": scores or {}, "error": f"{type(error).__name__}: {error}"}
 
 
 def _row(benchmark: Benchmark, question: Question, output: RequestOutput, seconds: float) -> Row:

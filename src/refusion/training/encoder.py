@@ -102,6 +102,8 @@ class RowEncoder:
             stray = (self.tokenizer.special_ids & set(answer)) - set(self.tokenizer.eos_token_ids)
             if stray:
                 raise ValueError(f"answer_ids contains the special token {min(stray)}, which is never a target")
+            if self.limits.objective.pad_answers and answer[-1] not in self.tokenizer.eos_token_ids:
+                raise ValueError(f"answer_ids ends in {answer[-1]}, no EOS, and objective.pad_answers would repeat that")
         return prompt, answer
 
 

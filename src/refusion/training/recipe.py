@@ -181,8 +181,8 @@ class ObjectiveSettings:
     """Answer tokens in a block of block_diffusion."""
     pad_answers: int = 0
     """Answers of masked_diffusion and block_diffusion are padded with their EOS to a multiple of so many tokens, which are learnt like any
-    others (LLaDA): decoding fills regions of fixed size. In refusion the padding is there for masks alone, whose last slots reach behind
-    the end; a multiple of slot_sizes leaves no slot short. 0 = no padding."""
+    others (LLaDA): decoding fills regions of fixed size. In refusion masked slots reach behind the end and learn it, of a clean one there
+    only the first EOS stands; a multiple of slot_sizes leaves no slot short. 0 = no padding."""
     chunk_size: int = 4096
     """Targets that go through the output head at once."""
 

@@ -8,6 +8,7 @@ the tensor cores and the re-reading of x from the L2 cache (once per `block_n` w
 import functools
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,8 @@ WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "float8": 1}
 TUNED = Path(__file__).with_name("tuned.json")
 """What an H100 measured."""
 TUNED_BY_CARD = {"H200": Path(__file__).with_name("tuned-h200.json")}
-"""By a part of the card's name: entries that take the place of those, where another balance of memory and arithmetic decides otherwise."""
+"""By a word of the card's name (a GH200 is no H200): entries that take the place of those, where memory and arithmetic are in another
+balance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,11 @@ class Config:
         """Row tiles and weight tiles of a product."""
         return -(-num_rows // self.rows), -(-num_out // self.weight_rows)
 
+    def shared_bytes(self, width: int) -> int:
+        """Shared memory of a program, at most: weights have `width` bytes, x has 2."""
+        stage = self.block_k * (width * self.weight_rows + 2 * self.rows)
+        return self.num_stages * stage + (2 * self.block_k * self.block_n if self.turned and width == 1 else 0)  # a tile lies converted
+
     def to_dict(self) -> dict[str, int | bool]:
         return asdict(self)
 
@@ -76,7 +83,9 @@ def choose_config(num_out: int, num_in: int, num_rows: int, kind: Kind, dtype: s
     """Tiles for `num_rows` rows of x times a weight [num_out, num_in] stored as `dtype`; None: the library's product is faster."""
     for most_rows, config in _tuned(card()).get((kind, num_out, num_in, dtype), ()):
         if num_rows <= most_rows:
-            return config
+            if config is None or config.shared_bytes(WIDTHS[dtype]) <= shared_limit():
+                return config
+            break  # a smaller card than the one that measured
     if dtype == "float32" and kind != "readout":
         return None
     if dtype in ("bfloat16", "float16") and kind != "readout" and num_rows > SKINNY_ROWS:
@@ -153,9 +162,20 @@ def tuned_entries(known: str | None) -> dict[str, dict[str, Any] | None]:
 
 @functools.cache
 def card() -> str | None:
-    """Which card of TUNED_BY_CARD this one is. REFUSION_CARD names it where kernels are compiled by processes that must not touch it."""
+    """Which card of TUNED_BY_CARD this one is, once for the process: on a machine with several kinds the current device decides.
+
+    REFUSION_CARD names it where kernels are compiled by processes that must not touch it.
+    """
     name = os.environ.get("REFUSION_CARD") or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
-    return next((known for known in TUNED_BY_CARD if known in name), None)
+    return next((known for known in TUNED_BY_CARD if known in name.split()), None)
+
+
+@functools.cache
+def shared_limit() -> int:
+    """Bytes of shared memory that a program may have, once for the process like `card`; no limit where nothing is run."""
+    if os.environ.get("REFUSION_CARD") or not torch.cuda.is_available():
+        return sys.maxsize
+    return getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin", sys.maxsize)  # NVIDIA's cards have it
 
 
 @functools.cache

@@ -136,6 +136,7 @@ def _run(
     is_gated: bool = False,
 ) -> Tensor:
     """The product by the kernel that the config is for; [SPLIT_K, T, N] float32 parts if it owes the sum."""
+    assert not (config.owes_sum and norm is not None), f"only what is added to the residual stream can be owed: {config}"
     if norm is not None and config.prenorm:
         x, norm = normed(x, *norm), None
     x = paid(x)

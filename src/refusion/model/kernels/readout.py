@@ -38,6 +38,7 @@ def readout(
     config = resolve(config, x, weight, "readout")
     assert config is not None, "the library has no fused readout"
     assert config.split_k == 1, f"a readout reduces whole logits, not those of {config}"
+    assert not config.is_wide, f"a readout has tiles of one piece, not those of {config}"
     if config.prenorm:
         x = rms_norm(x, norm_weight, eps)
     data, scale = operand(weight)
