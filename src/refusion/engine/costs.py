@@ -35,6 +35,13 @@ CALM = 1.25
 """A median this far above the least says that others use the machine."""
 
 
+TYPICAL_WIDTHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+WITH_AMX = tuple(ms / 1000 for ms in (49.77, 52.30, 52.30, 54.24, 54.24, 73.93, 73.93, 86.15, 86.15, 119.27, 128.07))
+"""Seconds of the 135M model's forwards in bfloat16 on two cores of a processor that multiplies tiles (results/cpu.json)."""
+WITHOUT_AMX = tuple(ms / 1000 for ms in (13.92, 14.28, 15.39, 17.91, 22.71, 28.87, 32.84, 45.68, 55.77, 76.08, 100.42))
+"""The same of one that multiplies vectors (results/cpu-without-amx.json): a row costs four times as much of a forward."""
+
+
 @dataclass(frozen=True, slots=True)
 class CostTable:
     """Seconds of a forward by its number of rows, at growing widths."""
@@ -60,7 +67,7 @@ def measured_costs(network: FlatNetwork) -> CostTable:
     flat costs everything that saves forwards seems to pay.
     """
     name = _fingerprint(network)
-    path = hub.cache_dir() / "costs" / f"{name}.json"
+    path = _path(name)
     if (known := _read(path) or _of_this_process.get(name)) is not None:
         return known
     table = measure(network, GPU_WIDTHS if network.device.type == "cuda" else CPU_WIDTHS)
@@ -73,8 +80,21 @@ def measured_costs(network: FlatNetwork) -> CostTable:
     return table
 
 
+def known_costs(network: FlatNetwork) -> CostTable:
+    """What is stored of a CPU, else what forwards cost on processors of its kind: nothing is measured, so nobody waits.
+
+    Only how much dearer a forward becomes with its rows decides anything, and that hangs on the processor more than on the model.
+    """
+    has_tiles = network.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return _read(_path(_fingerprint(network))) or CostTable(TYPICAL_WIDTHS, WITH_AMX if has_tiles else WITHOUT_AMX)
+
+
 _of_this_process: dict[str, CostTable] = {}
 """By fingerprint, what is not good enough to keep."""
+
+
+def _path(fingerprint: str) -> Path:
+    return hub.cache_dir() / "costs" / f"{fingerprint}.json"
 
 
 def _read(path: Path) -> CostTable | None:
