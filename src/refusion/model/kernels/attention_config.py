@@ -9,6 +9,8 @@ import torch
 
 INVARIANT_SPLITS = 4  # enough for some thousand cached tokens; the workspace of a large batch grows with it
 MAX_SPLITS = 32  # more parts than this cost the merging program more than their readers save
+NARROW_HEAD = 64
+"""Heads of at most so many numbers are cut as an H100's sweep said (results/attention-*-h100.json), wider ones as an H200's."""
 LONG_SPLITS = 4  # up to here a long context is worth two programs a multiprocessor
 
 
@@ -59,7 +61,7 @@ def choose_config(
 
 def _chosen(num_tiles: int, num_kv_heads: int, tile_rows: int, head_dim: int, dtype: torch.dtype, num_parts: int, is_long: bool) -> Config:
     splits = choose_splits(num_tiles, num_kv_heads, num_parts)
-    if is_long and head_dim > 64:
+    if is_long and head_dim > NARROW_HEAD:
         splits = max(splits, min(LONG_SPLITS, choose_splits(num_tiles, num_kv_heads, 2 * num_parts)))
     if dtype.itemsize > 2:  # exact float32 products take their operands through registers
         return Config(splits, columns=32, new_columns=32, num_warps=8, num_stages=2)
@@ -70,7 +72,7 @@ def _chosen(num_tiles: int, num_kv_heads: int, tile_rows: int, head_dim: int, dt
     columns = 64 if is_crowded and tile_rows <= 64 else 128
     new_columns = 16 if tile_rows <= 16 else 32 if splits > 1 else 64  # tiles that small are those of seats with a row or few
     num_stages = 3 if tile_rows > 64 else 2
-    if head_dim > 64 and tile_rows >= 64:  # an H200's sweep (results/logs/kernels-h200.log): programs that leave room for a second one
+    if head_dim > NARROW_HEAD and tile_rows >= 64:  # tiles of 64 query rows leave room for a second program then
         columns, num_stages = 64, 3
     return Config(splits, columns, new_columns, num_warps, num_stages, parts_at_a_time(tile_rows, head_dim, num_warps))
 
