@@ -24,7 +24,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from refusion.decoding.params import SamplingParams, SlotParams
 from refusion.errors import CheckpointError, ConfigError, DataError
-from refusion.evaluation import suite
+from refusion.evaluation import answer_scoring, suite
 from refusion.evaluation.benchmark_data import MADE_UP
 from refusion.evaluation.benchmarks import BENCHMARKS, as_asked, load_tasks, task_configs
 from refusion.evaluation.harness import ReFusionLM
@@ -54,8 +54,8 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def two_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with two cores, however few answers there are."""
-    monkeypatch.setattr(suite, "num_cores", lambda: 2)
-    monkeypatch.setattr(suite, "ANSWERS_AT_ONCE", 1)
+    monkeypatch.setattr(answer_scoring, "num_cores", lambda: 2)
+    monkeypatch.setattr(answer_scoring, "ANSWERS_AT_ONCE", 1)
 
 
 @pytest.fixture
@@ -242,12 +242,12 @@ def test_formulas_are_compared_in_copies_of_the_process_with_the_same_outcome(
     llm: LLM, data_dir: Path, tmp_path: Path, two_scorers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(llm, data_dir, tmp_path / "copies.json", tasks=("math",))
-    monkeypatch.setattr(suite, "MOST_SCORERS", 1)
+    monkeypatch.setattr(answer_scoring, "MOST_SCORERS", 1)
     run(llm, data_dir, tmp_path / "here.json", tasks=("math",))
     assert untimed(rows(tmp_path / "copies.json", "math")) == untimed(rows(tmp_path / "here.json", "math"))
-    monkeypatch.setattr(suite, "_scored", lambda *_: {"filtered": {}, "scores": {"process": os.getpid()}, "error": None})
+    monkeypatch.setattr(answer_scoring, "_scored", lambda *_: {"filtered": {}, "scores": {"process": os.getpid()}, "error": None})
     for most, is_here in ((2, False), (1, True)):
-        monkeypatch.setattr(suite, "MOST_SCORERS", most)
+        monkeypatch.setattr(answer_scoring, "MOST_SCORERS", most)
         run(llm, data_dir, tmp_path / f"{most}.json", tasks=("math",))
         assert all((row["scores"]["process"] == os.getpid()) == is_here for row in rows(tmp_path / f"{most}.json", "math"))
 
@@ -264,10 +264,10 @@ def test_a_scorer_that_tells_something_waits_for_no_lock_of_the_bar(two_scorers:
         print("a formula took too long", file=sys.stderr)
         return {"filtered": {}, "scores": {}, "error": None}
 
-    monkeypatch.setattr(suite, "_scored", scored)
+    monkeypatch.setattr(answer_scoring, "_scored", scored)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", Bar())
-        assert len(suite._score_all(BENCHMARKS["math"], [()] * 4)) == 4  # pyright: ignore[reportArgumentType]: nobody looks at them
+        assert len(answer_scoring.score_all(BENCHMARKS["math"], [()] * 4)) == 4  # pyright: ignore[reportArgumentType]: nobody looks at them
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be copied safely")
@@ -285,11 +285,11 @@ def test_scorers_collect_no_garbage_of_the_run(two_scorers: None, tmp_path: Path
         gc.collect()
         return {"filtered": {}, "scores": {}, "error": None}
 
-    monkeypatch.setattr(suite, "_scored", scored)
+    monkeypatch.setattr(answer_scoring, "_scored", scored)
     gc.disable()
     try:
         OnGpu()
-        suite._score_all(BENCHMARKS["math"], [()] * 4)  # pyright: ignore[reportArgumentType]: nobody looks at them
+        answer_scoring.score_all(BENCHMARKS["math"], [()] * 4)  # pyright: ignore[reportArgumentType]: nobody looks at them
     finally:
         gc.enable()
     gc.collect()
@@ -303,9 +303,9 @@ def test_an_answer_that_ends_its_scorer_is_recorded(two_scorers: None, monkeypat
             os._exit(9)
         return {"filtered": {"none": name}, "scores": {}, "error": None}
 
-    monkeypatch.setattr(suite, "_scored", scored)
+    monkeypatch.setattr(answer_scoring, "_scored", scored)
     answers: Any = [("first",), ("fatal",), ("last",)]
-    found = suite._score_all(BENCHMARKS["math"], answers)
+    found = answer_scoring.score_all(BENCHMARKS["math"], answers)
     assert [row["filtered"].get("none") for row in found] == ["first", None, "last"]
     assert [row["error"] is None for row in found] == [True, False, True]
 
@@ -314,15 +314,15 @@ def test_an_answer_that_ends_its_scorer_is_recorded(two_scorers: None, monkeypat
 def test_scorers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
     script = """
 import os, pathlib, sys, time
-from refusion.evaluation import suite
+from refusion.evaluation import answer_scoring
 from refusion.evaluation.benchmarks import BENCHMARKS
 
 def scored(*_):
     pathlib.Path(sys.argv[1], str(os.getpid())).touch()
     time.sleep(60)
 
-suite._scored, suite.num_cores, suite.ANSWERS_AT_ONCE = scored, lambda: 2, 1
-suite._score_all(BENCHMARKS["math"], [()] * 4)
+answer_scoring._scored, answer_scoring.num_cores, answer_scoring.ANSWERS_AT_ONCE = scored, lambda: 2, 1
+answer_scoring.score_all(BENCHMARKS["math"], [()] * 4)
 """
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) as run:
         assert comes_true(lambda: len(list(tmp_path.iterdir())) == 2)
