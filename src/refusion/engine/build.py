@@ -11,7 +11,7 @@ from refusion.decoding.params import MAX_SLOT_SIZE
 from refusion.engine.auto import Auto
 from refusion.engine.candidates import Candidates
 from refusion.engine.core import Engine
-from refusion.engine.costs import CostTable, known_costs, measured_costs
+from refusion.engine.costs import CostTable, measured_costs, typical_costs
 from refusion.engine.network import FlatNetwork, Ops
 from refusion.engine.ops import TritonOps
 from refusion.engine.runner import Runner
@@ -62,8 +62,8 @@ def build_engine(
         prefill_rows=min(prompt_rows, most_rows // 2),
     )
     measure = cache(costs or (lambda: measured_costs(network)))
-    # On a CPU measuring takes seconds, and only `auto` waits for that.
-    at_hand = measure if device.type == "cuda" or costs is not None else cache(lambda: known_costs(network))
+    # On a CPU measuring takes seconds, and only `auto` waits for that. What is chosen there must not hang on whether it was asked before.
+    at_hand = measure if device.type == "cuda" or costs is not None else cache(lambda: typical_costs(network))
     rows_limit = sys.maxsize if settings.batch_invariant else most_rows  # then the scheduler limits seats, not lengths
     candidates = Candidates(
         None if settings.batch_invariant else at_hand, rows_limit, runs_ahead=runner.runs_ahead, tokens_per_forward=tokens_per_forward

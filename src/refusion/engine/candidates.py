@@ -84,12 +84,23 @@ class Candidates:
             return Choice(ladder[int(fits.argmax())], self.runs_ahead)
         seconds = np.stack(self._seconds(self._measure(), experience, num_seats))[:, :num_choices]  # [2, C]
         seconds = np.where(fits, seconds, np.inf) / experience.tokens_per_turn[:num_choices]
-        best = np.unravel_index(int(seconds.argmin()), seconds.shape)
+        best = self._best(seconds, experience.rows[:num_choices])
         if now is not None and now.candidates in ladder[:num_choices]:
             place = int(now.leads), ladder.index(now.candidates)
             if seconds[place] <= GAIN * seconds[best]:
                 return now
-        return Choice(ladder[int(best[1])], bool(best[0]))
+        return Choice(ladder[best[1]], bool(best[0]))
+
+    def _best(self, seconds: np.ndarray, rows: np.ndarray) -> tuple[int, int]:
+        """Place in `seconds` [2, C] of what is best; on a CPU of what has the fewest rows [C] among what is about as good.
+
+        There every operation grows with its rows, also those that no cost table has, and more lengths than pay cost more than too few.
+        """
+        if not self.runs_ahead:
+            rows = np.where(seconds[0] <= GAIN * seconds[0].min(), rows, np.inf)
+            return 0, int(np.lexsort((seconds[0], rows.round()))[0])
+        where = np.unravel_index(int(seconds.argmin()), seconds.shape)
+        return int(where[0]), int(where[1])
 
     def _seconds(self, costs: CostTable, experience: AnyExperience, num_seats: int) -> tuple[np.ndarray, np.ndarray]:
         """[C] seconds of `seconds_of_turn` where each forward waits for the report before it, and where it is launched ahead."""

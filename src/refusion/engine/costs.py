@@ -67,7 +67,7 @@ def measured_costs(network: FlatNetwork) -> CostTable:
     flat costs everything that saves forwards seems to pay.
     """
     name = _fingerprint(network)
-    path = _path(name)
+    path = hub.cache_dir() / "costs" / f"{name}.json"
     if (known := _read(path) or _of_this_process.get(name)) is not None:
         return known
     table = measure(network, GPU_WIDTHS if network.device.type == "cuda" else CPU_WIDTHS)
@@ -80,21 +80,17 @@ def measured_costs(network: FlatNetwork) -> CostTable:
     return table
 
 
-def known_costs(network: FlatNetwork) -> CostTable:
-    """What is stored of a CPU, else what forwards cost on processors of its kind: nothing is measured, so nobody waits.
+def typical_costs(network: FlatNetwork) -> CostTable:
+    """What forwards cost on CPUs of this kind: nothing is measured, so nobody waits, and the same command does the same again.
 
     Only how much dearer a forward becomes with its rows decides anything, and that hangs on the processor more than on the model.
     """
     has_tiles = network.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return _read(_path(_fingerprint(network))) or CostTable(TYPICAL_WIDTHS, WITH_AMX if has_tiles else WITHOUT_AMX)
+    return CostTable(TYPICAL_WIDTHS, WITH_AMX if has_tiles else WITHOUT_AMX)
 
 
 _of_this_process: dict[str, CostTable] = {}
 """By fingerprint, what is not good enough to keep."""
-
-
-def _path(fingerprint: str) -> Path:
-    return hub.cache_dir() / "costs" / f"{fingerprint}.json"
 
 
 def _read(path: Path) -> CostTable | None:
