@@ -61,7 +61,7 @@ def test_sliding_slots_prepare_fewer_lengths_where_rows_are_dear() -> None:
     chosen = []
     for seconds in (costs.WITH_AMX, costs.WITHOUT_AMX):
         table = CostTable(costs.TYPICAL_WIDTHS, seconds)
-        candidates = Candidates(lambda table=table: table, 4096)
+        candidates = Candidates(lambda table=table: table, 4096, spares_rows=True, tokens_per_forward=2.3)
         chosen.append(candidates.choose(candidates.experience(slots, 1), 1).candidates)
     assert chosen == [4, 0]
 

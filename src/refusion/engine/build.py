@@ -66,7 +66,11 @@ def build_engine(
     at_hand = measure if device.type == "cuda" or costs is not None else cache(lambda: typical_costs(network))
     rows_limit = sys.maxsize if settings.batch_invariant else most_rows  # then the scheduler limits seats, not lengths
     candidates = Candidates(
-        None if settings.batch_invariant else at_hand, rows_limit, runs_ahead=runner.runs_ahead, tokens_per_forward=tokens_per_forward
+        None if settings.batch_invariant else at_hand,
+        rows_limit,
+        runs_ahead=runner.runs_ahead,
+        spares_rows=device.type == "cpu",
+        tokens_per_forward=tokens_per_forward,
     )
     return Engine(
         runner,

@@ -40,14 +40,15 @@ class Candidates:
         most_rows: int,
         *,
         runs_ahead: bool = False,
+        spares_rows: bool = False,
         tokens_per_forward: float | None = None,
     ) -> None:
         """measure: called at the first choice; None: always as many lengths as the slot settings allow. most_rows: of a forward.
 
-        runs_ahead: whether forwards can be launched ahead at all.
+        runs_ahead: whether forwards can be launched ahead at all. spares_rows: of what is about as good, take what has the fewest rows.
         """
         self._measure, self._most_rows, self._tokens_per_forward = measure, most_rows, tokens_per_forward
-        self.runs_ahead = runs_ahead
+        self.runs_ahead, self.spares_rows = runs_ahead, spares_rows
         self._experience: dict[tuple[SlotSettings, int], AnyExperience] = {}
         self._chosen: dict[tuple[int, int], tuple[int, Choice]] = {}  # (id of the experience, seats) -> (its version, the choice)
 
@@ -92,13 +93,10 @@ class Candidates:
         return Choice(ladder[best[1]], bool(best[0]))
 
     def _best(self, seconds: np.ndarray, rows: np.ndarray) -> tuple[int, int]:
-        """Place in `seconds` [2, C] of what is best; on a CPU of what has the fewest rows [C] among what is about as good.
-
-        There every operation grows with its rows, also those that no cost table has, and more lengths than pay cost more than too few.
-        """
-        if not self.runs_ahead:
-            rows = np.where(seconds[0] <= GAIN * seconds[0].min(), rows, np.inf)
-            return 0, int(np.lexsort((seconds[0], rows.round()))[0])
+        """Place in `seconds` [2, C] of what is best; with `spares_rows` of what has the fewest rows [C] among what is about as good."""
+        if self.spares_rows:
+            fewest = np.where(seconds <= GAIN * seconds.min(), rows.round(), np.inf)
+            seconds = np.where(fewest == fewest.min(), seconds, np.inf)
         where = np.unravel_index(int(seconds.argmin()), seconds.shape)
         return int(where[0]), int(where[1])
 

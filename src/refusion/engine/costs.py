@@ -38,7 +38,7 @@ CALM = 1.25
 TYPICAL_WIDTHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 WITH_AMX = tuple(ms / 1000 for ms in (49.77, 52.30, 52.30, 54.24, 54.24, 73.93, 73.93, 86.15, 86.15, 119.27, 128.07))
 """Seconds of the 135M model's forwards in bfloat16 on two cores of a processor that multiplies tiles (results/cpu.json)."""
-WITHOUT_AMX = tuple(ms / 1000 for ms in (13.52, 14.29, 15.32, 17.86, 22.07, 27.73, 32.16, 45.15, 53.47, 75.38, 99.59))
+WITHOUT_AMX = tuple(ms / 1000 for ms in (12.65, 13.41, 14.47, 17.22, 21.54, 26.82, 31.07, 45.08, 52.64, 70.38, 93.70))
 """The same of one that multiplies vectors (results/cpu-without-amx.json): a row costs four times as much of a forward."""
 
 
