@@ -75,6 +75,19 @@ class Config:
         stage = self.block_k * (width * self.weight_rows + 2 * self.rows)
         return self.num_stages * stage + (2 * self.block_k * self.block_n if self.turned and width == 1 else 0)  # a tile lies converted
 
+    def constants(self) -> dict[str, int | bool]:
+        """What every kernel for products is compiled with."""
+        return {
+            "BLOCK_T": self.block_t,
+            "EXTRA_T": self.extra_t,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "TURNED": self.turned,
+            "NUM_STAGES": self.num_stages,
+            "num_stages": self.num_stages,
+            "num_warps": self.num_warps,
+        }
+
     def to_dict(self) -> dict[str, int | bool]:
         return asdict(self)
 

@@ -18,7 +18,7 @@ from refusion.model.kernels.epilogue import finish
 from refusion.model.kernels.launch import NUM_COUNTERS, counters, launch, overlap
 from refusion.model.kernels.norms import silu_multiply
 from refusion.model.kernels.owed import Owed, normed, paid
-from refusion.model.kernels.stream import release, stream
+from refusion.model.kernels.stream import release, rows_of_weight, stream
 from refusion.model.kernels.wide import wide_kernel
 from refusion.model.quantize import QuantizedWeight
 
@@ -175,18 +175,11 @@ def _run(
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         IS_GATED=is_gated,
-        BLOCK_T=config.block_t,
-        EXTRA_T=config.extra_t,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
         SPLIT_K=config.split_k,
         LANES=config.lanes,
-        TURNED=config.turned,
-        NUM_STAGES=config.num_stages,
         LATE=order == "late",
         is_dependent=order != "off",
-        num_stages=config.num_stages,
-        num_warps=config.num_warps,
+        **config.constants(),
     )
     return out
 
@@ -216,18 +209,11 @@ def _run_wide(x: Tensor, weight: Tensor, config: Config, bias: Tensor | None, re
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         IS_GATED=is_gated,
-        BLOCK_T=config.block_t,
-        EXTRA_T=config.extra_t,
-        BLOCK_N=config.block_n,
         EXTRA_N=config.extra_n,
-        BLOCK_K=config.block_k,
         SPLIT_K=config.split_k,
-        TURNED=config.turned,
-        NUM_STAGES=config.num_stages,
         LATE=order == "late",
         is_dependent=order != "off",
-        num_stages=config.num_stages,
-        num_warps=config.num_warps,
+        **config.constants(),
     )
     return out
 
@@ -277,12 +263,7 @@ def linear_kernel(
     first_row = tl.program_id(0) * (BLOCK_T + EXTRA_T)
     tile_n = tl.program_id(1)
     part = tl.program_id(2) if SPLIT_K > 1 else 0
-    index = tl.arange(0, BLOCK_N)
-    # Rows past the last read the last one again and are not stored: a load without a mask is a plain asynchronous copy.
-    if IS_GATED:  # gate and up rows take turns, so that a pair ends up in one program
-        weight_rows = tl.minimum(tile_n * (BLOCK_N // 2) + index // 2, N // 2 - 1) + index % 2 * (N // 2)
-    else:
-        weight_rows = tl.minimum(tile_n * BLOCK_N + index, N - 1)
+    weight_rows = rows_of_weight(tile_n * BLOCK_N, N, IS_GATED, BLOCK_N)
     acc, extra, squares, extra_squares = stream(  # pyright: ignore[reportGeneralTypeIssues]: a call inside a kernel, not Python's
         x,
         x_stride,

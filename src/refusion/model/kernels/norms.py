@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refusion.model.kernels.launch import launch
-from refusion.model.kernels.stream import scale_columns, sum_of_squares, wait
+from refusion.model.kernels.stream import normalise, sum_of_squares, wait
 
 # T = rows, K = features, I = intermediate features
 
@@ -66,8 +66,7 @@ def rms_norm_kernel(
     gains = tl.load(norm_weight + columns, mask=is_inside, other=0.0)  # nobody wrote the weights: before the wait
     wait(PDL)
     values = tl.load(x + row * x_stride + columns, mask=is_inside, other=0.0)[None, :]
-    inverse = tl.rsqrt(sum_of_squares(values) / WIDTH + eps)
-    values = scale_columns((values.to(tl.float32) * inverse[:, None]).to(values.dtype), gains)
+    values = normalise(values, gains, sum_of_squares(values) / WIDTH, eps)
     tl.store(out + row * WIDTH + columns[None, :], values, mask=is_inside[None, :])
 
 

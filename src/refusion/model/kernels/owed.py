@@ -9,7 +9,7 @@ from torch import Tensor
 
 from refusion.model.kernels.launch import launch
 from refusion.model.kernels.norms import rms_norm
-from refusion.model.kernels.stream import scale_columns, sum_of_squares, wait
+from refusion.model.kernels.stream import normalise, sum_of_squares, wait
 
 # T = rows, K = features, P = parts
 
@@ -105,6 +105,5 @@ def add_norm_kernel(
     tl.store(place, rounded, mask=is_inside)
     if HAS_NORM:
         values = rounded[None, :]
-        inverse = tl.rsqrt(sum_of_squares(values) / WIDTH + eps)
-        values = scale_columns((values.to(tl.float32) * inverse[:, None]).to(values.dtype), gains)
+        values = normalise(values, gains, sum_of_squares(values) / WIDTH, eps)
         tl.store(out + row * WIDTH + columns[None, :], values, mask=is_inside[None, :])

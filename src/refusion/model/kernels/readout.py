@@ -70,17 +70,10 @@ def readout(
         R=num_runner_ups,
         HAS_NORM=not config.prenorm,
         HAS_SCALE=scale is not None,
-        BLOCK_T=config.block_t,
-        EXTRA_T=config.extra_t,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
         LANES=config.lanes,
-        TURNED=config.turned,
-        NUM_STAGES=config.num_stages,
         LATE=order == "late",
         is_dependent=order != "off",
-        num_stages=config.num_stages,
-        num_warps=config.num_warps,
+        **config.constants(),
     )
     return _add_tiles(peaks, peak_ids, sums, given_logits, given_ids, vocabulary)
 

@@ -177,6 +177,19 @@ def ask(addresses):
 
 
 @triton.jit
+def rows_of_weight(first, N: tl.constexpr, IS_GATED: tl.constexpr, NUM: tl.constexpr):
+    """[NUM] rows of the weight from `first` on; gate and up rows take turns, so that a pair ends up in one program.
+
+    Past the end the last one is read again and not stored: a load without a mask is a plain asynchronous copy.
+    """
+    place = first + tl.arange(0, NUM)
+    if IS_GATED:
+        return tl.minimum(place // 2, N // 2 - 1) + place % 2 * (N // 2)
+    else:
+        return tl.minimum(place, N - 1)
+
+
+@triton.jit
 def load_rows(x, x_stride, num_rows, first_row, columns, K: tl.constexpr, EVEN: tl.constexpr, NUM: tl.constexpr):
     """[NUM, columns] of x; rows past the last are zeros and cost no traffic."""
     rows = first_row + tl.arange(0, NUM)
@@ -194,9 +207,15 @@ def normed_rows(
     """[NUM, columns] whole rows of x, normalised if wanted with the roundings of `ops.rms_norm`."""
     rows = load_rows(x, x_stride, num_rows, first_row, columns, K, False, NUM)
     if HAS_NORM:
-        inverse = tl.rsqrt(add_lanes(sum_of_squares(rows), LANES) / K + eps)
-        rows = scale_columns((rows.to(tl.float32) * inverse[:, None]).to(rows.dtype), gains)
+        rows = normalise(rows, gains, add_lanes(sum_of_squares(rows), LANES) / K, eps)
     return rows
+
+
+@triton.jit
+def normalise(rows, gains, mean_squares, eps):
+    """Rows [NUM, columns] over their root mean square, times the gains, with the roundings of `ops.rms_norm`."""
+    inverse = tl.rsqrt(mean_squares + eps)
+    return scale_columns((rows.to(tl.float32) * inverse[:, None]).to(rows.dtype), gains)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from refusion.model.kernels.epilogue import finish
-from refusion.model.kernels.stream import load_rows, multiply, prefetch, release, settle_sums, wait, zeros
+from refusion.model.kernels.stream import load_rows, multiply, prefetch, release, rows_of_weight, settle_sums, wait, zeros
 
 # T, E = rows of x of the two pieces of a tile; N, M = weight rows of its two pieces; K = in features
 
@@ -93,16 +93,6 @@ def wide_kernel(
         if EXTRA_T > 0:
             finish_piece(acc_me, first_row + BLOCK_T, more_rows, column, bias, residual, target, num_rows, residual_stride,
                          N, K, HAS_BIAS, HAS_RESIDUAL, IS_GATED, TURNED, EXTRA_T, EXTRA_N)  # fmt: skip
-
-
-@triton.jit
-def rows_of_weight(first, N: tl.constexpr, IS_GATED: tl.constexpr, NUM: tl.constexpr):
-    """[NUM] rows of the weight from `first` on, the last one again past the end; gate and up rows take turns: pairs stay together."""
-    place = first + tl.arange(0, NUM)
-    if IS_GATED:
-        return tl.minimum(place // 2, N // 2 - 1) + place % 2 * (N // 2)
-    else:
-        return tl.minimum(place, N - 1)
 
 
 @triton.jit
