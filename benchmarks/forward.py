@@ -145,7 +145,11 @@ def main() -> None:
                 if args.variants:
                     runs += varied(name, case, bench, args)
                 if args.profile is not None:
-                    profiles += [profile_of(name, bench, num_rows) for num_rows in case.widths if num_rows in PROFILED or name == "tiny"]
+                    profiles += [
+                        profile_of(name, bench, num_rows)
+                        for num_rows in case.widths
+                        if num_rows in (args.widths or PROFILED) or name == "tiny"
+                    ]
             del model
 
 

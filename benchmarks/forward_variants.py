@@ -93,6 +93,12 @@ def variants(kind: str | None) -> list[Variant]:
             )
             for rows in (8, 16)
         ),
+        *(
+            Variant(
+                f"tiles of {rows}, {warps} warps, long", tile_rows=rows, changes={"is_long": True, "num_warps": warps, "merge_parts": 8}
+            )
+            for rows, warps in ((4, 8), (4, 4), (8, 4), (16, 4), (16, 8))
+        ),
     ]
 
 

@@ -43,6 +43,7 @@ from refusion.model.segments import NO_PARENT, TRUNK
 PAGE_SIZE = 128
 SMALL_PAGE_SIZE = 16
 BYTES_PER_GRAPH = 160e6  # of K/V: three times the L2 cache of an H100
+LONG_PARTS = 4  # times as many parts as the engine has room for
 TOLERANCE = 1e-2  # relative, in the Frobenius norm: weights and result are rounded to bfloat16, half a step of which is 2e-3
 
 
@@ -96,7 +97,7 @@ class Variant:
         config = self.config
         return (
             f"block {self.block} splits {config.splits} columns {config.columns}+{config.new_columns} "
-            f"warps {config.num_warps} stages {config.num_stages} parts {config.merge_parts}"
+            f"warps {config.num_warps} stages {config.num_stages} parts {config.merge_parts}{' long' if config.is_long else ''}"
         )
 
 
@@ -117,7 +118,7 @@ EIGHT_B = Shape("8B", 36, 8, 4, 128)
 SMALL = Shape("135M", 30, 3, 3, 64)
 CASES = [
     *(Case(1, rows, cached) for cached in (512, 8192) for rows in (1, 32, 128, 192)),
-    Case(1, 64, 512),
+    *(Case(1, 64, cached) for cached in (512, 8192)),
     Case(32, 1, 512),
     Case(32, 48, 512),
     Case(1, 2048, 0, is_prompt=True),
@@ -198,7 +199,7 @@ def sweep(shape: Shape, case: Case, before: float | None) -> list[Figure]:
 
 
 def cut_of(config: Config) -> str:
-    return f"{config.splits}s{config.columns}c{config.num_warps}w{config.num_stages}"
+    return f"{config.splits}s{config.columns}c{config.num_warps}w{config.num_stages}{'long' if config.is_long else ''}"
 
 
 def variants_of(shape: Shape, case: Case, num_parts: int) -> Iterator[tuple[str, Variant]]:
@@ -215,21 +216,29 @@ def variants_of(shape: Shape, case: Case, num_parts: int) -> Iterator[tuple[str,
             yield "without PDL", Variant(block, default, pdl=False)
             yield "clearing", Variant(block, default, in_place=False)
             yield f"pages of {SMALL_PAGE_SIZE}", Variant(block, default, page_size=SMALL_PAGE_SIZE)
-        most = max(1, min(MAX_SPLITS, num_parts // (tiles * shape.num_kv_heads)))
         seen = {default}
         for columns, num_warps, num_stages in cuts(tile_rows, shape.head_dim):
-            parts = parts_at_a_time(tile_rows, shape.head_dim, num_warps)
-            for splits in dict.fromkeys((most, max(1, most // 2), max(1, most // 4))):
-                config = Config(splits, columns, default.new_columns, num_warps, num_stages, parts)
+            for splits, is_long in splits_of(tiles * shape.num_kv_heads, num_parts):
+                parts = 8 if is_long else parts_at_a_time(tile_rows, shape.head_dim, num_warps)
+                config = Config(splits, columns, default.new_columns, num_warps, num_stages, parts, is_long=is_long)
                 if config not in seen:
                     seen.add(config)
                     yield "", Variant(block, config)
+
+
+def splits_of(num_owners: int, num_parts: int) -> Iterator[tuple[int, bool]]:
+    """(splits, is_long) worth trying for so many tiles and heads: up to two programs a multiprocessor, eight of those that are long."""
+    most = max(1, min(MAX_SPLITS, num_parts // num_owners))
+    yield from ((splits, False) for splits in dict.fromkeys((most, max(1, most // 2), max(1, most // 4))))
+    more = (min(MAX_SPLITS, num_parts * times // (2 * num_owners)) for times in (1, 2, 4, 2 * LONG_PARTS))
+    yield from ((splits, True) for splits in dict.fromkeys(more) if splits > 1)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "not eager": {"is_eager": False},
     "late": {"is_late": True},
     "part by part": {"merge_parts": 1},
+    "long": {"is_long": True},
 }
 OPTIONS_OF = {
     EIGHT_B.name: (Case(1, 1, 512), Case(1, 32, 512), Case(1, 192, 512), Case(1, 192, 8192)),
@@ -243,7 +252,8 @@ def cuts(tile_rows: int, head_dim: int) -> list[tuple[int, int, int]]:
     if device().type == "cpu":
         return [(16, 4, 2)]
     if tile_rows <= 16:
-        return [(64, 4, 2), (128, 4, 2), (128, 8, 2)]
+        more = [(64, 4, 3), (64, 4, 4), (64, 8, 4), (128, 8, 3)] if head_dim > 64 else [(64, 4, 3)]
+        return [(64, 4, 2), (128, 4, 2), (128, 8, 2), *more]
     if tile_rows <= 64:
         return [(128, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 4), (32, 4, 6)] if head_dim > 64 else [(64, 4, 2), (128, 4, 2), (64, 4, 3)]
     return [(64, 8, 2), (64, 8, 3), (128, 8, 2), (128, 8, 3), (64, 4, 3)] if head_dim > 64 else [(64, 8, 2), (64, 8, 3)]
@@ -291,7 +301,7 @@ class Batch:
         return plain_tiles(self.spans[PAGE_SIZE], block, num_tiles(self.case, block))
 
     def workspace(self, block: int) -> Workspace:
-        return Workspace(self.num_parts, padded_rows(block, self.shape.num_groups), self.shape.head_dim, self.query.device)
+        return Workspace(LONG_PARTS * self.num_parts, padded_rows(block, self.shape.num_groups), self.shape.head_dim, self.query.device)
 
 
 def measure(batch: Batch, label: str, variant: Variant) -> Figure:

@@ -44,6 +44,7 @@ def run(
     columns: int = 16,
     new_columns: int = 16,
     merge_parts: int = 2,
+    is_long: bool = False,
     num_tiles: int | None = None,
     **options: Any,
 ) -> torch.Tensor:
@@ -56,7 +57,7 @@ def run(
     workspace = Workspace(num_tiles * num_kv_heads * splits, tile_rows, head_dim, torch.device(DEVICE))
     for parts in (workspace.mixed, workspace.best, workspace.total):
         parts.fill_(torch.nan)
-    config = Config(splits, columns, new_columns, num_warps=4, num_stages=2, merge_parts=merge_parts)
+    config = Config(splits, columns, new_columns, num_warps=4, num_stages=2, merge_parts=merge_parts, is_long=is_long)
     query = forward.query.clone()
     found = attend(query, *forward.arguments[1:], tiles, workspace, config, **options)
     assert not workspace.arrived.any()
@@ -66,12 +67,13 @@ def run(
     return found.cpu()
 
 
+@pytest.mark.parametrize("is_long", [False, True])
 @pytest.mark.parametrize("splits", [1, 3, 8])
 @pytest.mark.parametrize("name", BATCHES)
-def test_attention_is_that_of_the_plain_twin(name: str, splits: int) -> None:
+def test_attention_is_that_of_the_plain_twin(name: str, splits: int, is_long: bool) -> None:
     forward = forward_of(BATCHES[name])
     expected = attention_ops.attend(*forward.arguments)
-    torch.testing.assert_close(run(forward, splits=splits, block=8), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(run(forward, splits=splits, block=8, is_long=is_long), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("num_groups", [1, 3, 4])

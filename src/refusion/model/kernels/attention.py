@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from refusion.model.kernels.attention_config import Config, choose_config, next_power_of_2, padded_rows
-from refusion.model.kernels.attention_kernel import attend_kernel
+from refusion.model.kernels.attention_kernel import attend_kernel, merge_kernel
 from refusion.model.kernels.launch import launch
 from refusion.model.rows import Rows, Spans, Tiles
 
 # T = rows of the forward, N = tiles, H = key/value heads, G = query heads per key/value head, D = head dimension
+
+MERGED_LANES = 8
+"""Query rows that a program of the merging kernel has."""
 
 
 class Workspace:
@@ -140,7 +143,7 @@ def _attend(
     if config is None:
         config = choose_config(num_tiles, num_kv_heads, tile_rows, head_dim, query.dtype, workspace.num_parts, tiles.is_long)
     num_parts = num_tiles * num_kv_heads * config.splits
-    assert config.splits == 1 or (
+    assert (config.splits == 1 and not config.is_long) or (
         num_parts <= workspace.num_parts and tile_rows <= workspace.tile_rows and head_dim <= workspace.head_dim
     ), f"{num_parts} parts of {tile_rows} x {head_dim} do not fit a workspace of {tuple(workspace.mixed.shape)}"
     layouts = (keys.stride(), new_keys.stride())
@@ -208,8 +211,38 @@ def _attend(
         CLEAR=out is not query,
         EAGER=config.is_eager,
         LATE=config.is_late,
+        LONG=config.is_long,
         ROTATES=rotation is not None,
         HAS_NORM=kept.q_norm is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    if config.is_long:
+        lanes = min(MERGED_LANES, tile_rows)
+        launch(
+            merge_kernel,
+            (num_tiles, num_kv_heads, tile_rows // lanes),
+            out,
+            workspace.mixed,
+            workspace.best,
+            workspace.total,
+            spans.cached,
+            spans.prompt_start,
+            spans.prompt_end,
+            spans.row_start,
+            spans.row_end,
+            tiles.seat,
+            tiles.first,
+            tiles.end,
+            config.splits,
+            query.stride(0),
+            G=num_groups,
+            G_PADDED=next_power_of_2(num_groups),
+            Q=tile_rows,
+            D=head_dim,
+            C=config.columns,
+            NEW=config.new_columns,
+            LANES=lanes,
+            PARTS=config.merge_parts,
+            num_warps=4,
+        )

@@ -83,6 +83,15 @@ def load_block(head, page, block, column, inner, is_there, dim, row_stride, PAGE
 
 
 @triton.jit
+def load_whole_block(head, page, block, column, inner, dim, row_stride, PAGE: tl.constexpr, C: tl.constexpr):
+    """`load_block` of one whose tokens are all there."""
+    if PAGE % C == 0:
+        return tl.load(head + (page.to(tl.int64) * PAGE + block * C % PAGE) * row_stride + inner)
+    else:
+        return tl.load(head + ((page.to(tl.int64) * PAGE + (block * C + column) % PAGE) * row_stride)[:, None] + dim[None, :])
+
+
+@triton.jit
 def load_columns(head, where, is_column, dim):
     """[C, D] keys or values, zero where there is no column: a NaN would survive its weight of zero."""
     return tl.load(head + where[:, None] + dim[None, :], mask=is_column[:, None], other=0.0)

@@ -33,6 +33,8 @@ class Config:
     """Look up tiles, spans and pages, and ask the L2 cache for the first block, before the previous kernel has ended: see `attend`."""
     is_late: bool = False
     """Let the next kernel start when the columns are done instead of right at the beginning."""
+    is_long: bool = False
+    """For long contexts: parts are merged by many programs of a kernel of its own; whole blocks are taken without a mask."""
 
 
 Changes = Mapping[str, int | bool]

@@ -6,6 +6,9 @@ the time there is. So look-ups of one depth are issued together; the first block
 page that can be looked up before the length of the context is known; and the new rows, which the previous kernel left in the L2 cache,
 are taken first, while the memory brings the first committed tokens.
 
+For long contexts (LONG) the parts of a tile are merged by a kernel of its own, `merge_kernel`: a single program would read them one after
+the other while all others have nothing to do. Blocks that lie within the context as a whole then have a loop without a mask.
+
 With ROTATES queries and new keys come as the projection left them, and every program normalises and rotates what it reads: a few rows that
 several programs turn alike cost less than a kernel that turns them once. One program of every tile and head leaves the new rows behind.
 """
@@ -21,6 +24,7 @@ from refusion.model.kernels.attention_blocks import (
     load_columns,
     load_rotated,
     load_view,
+    load_whole_block,
     may_see_rows,
 )
 from refusion.model.kernels.attention_softmax import Parts, fold, merge, put_part
@@ -100,6 +104,7 @@ def attend_kernel(
     CLEAR: tl.constexpr,
     EAGER: tl.constexpr,
     LATE: tl.constexpr,
+    LONG: tl.constexpr,
     ROTATES: tl.constexpr,
     HAS_NORM: tl.constexpr,
     PDL: tl.constexpr,
@@ -144,10 +149,7 @@ def attend_kernel(
     if seat < 0:
         return
 
-    # A prompt tile sees the prompt up to its own last row and no decode rows; a decode tile sees both.
-    is_prompt = (first >= prompt_first) & (first < prompt_stop)
-    prompt_stop = tl.where(is_prompt, end, prompt_stop)
-    decode_stop = tl.where(is_prompt, decode_first, decode_stop)
+    is_prompt, prompt_stop, decode_stop = seen_rows(first, end, prompt_first, prompt_stop, decode_first, decode_stop)
     last_seen = tl.where(is_prompt, row, prompt_stop - 1)  # [Q], last prompt row each row sees
 
     # Blocks of columns are dealt out in turn, those of committed tokens first.
@@ -191,7 +193,17 @@ def attend_kernel(
         is_seen = tl.where(is_decode, is_seen, new[None, :] <= last_seen[:, None])
         best, total, mixed = fold(asked, new_key, new_value, is_seen & is_column[None, :], scale, best, total, mixed)
 
-    for block in tl.range(split, cached_blocks, num_splits):
+    ragged = split
+    if LONG:
+        whole_blocks = num_cached // C
+        for block in tl.range(split, whole_blocks, num_splits):
+            next_page = find_page(pages, block + num_splits, column, num_pages, PAGE, C)
+            key = load_whole_block(head_keys, page, block, column, inner, dim, page_row_stride, PAGE, C)
+            value = load_whole_block(head_values, page, block, column, inner, dim, page_row_stride, PAGE, C)
+            page = next_page
+            best, total, mixed = fold(asked, key, value, None, scale, best, total, mixed, ALL_SEEN=True)
+        ragged = whole_blocks + _turn(split, whole_blocks, num_splits)
+    for block in tl.range(ragged, cached_blocks, num_splits, num_stages=1 if LONG else None):
         next_page = find_page(pages, block + num_splits, column, num_pages, PAGE, C)  # a round ahead of its use
         is_there = block * C + column < num_cached
         key = load_block(head_keys, page, block, column, inner, is_there, dim, page_row_stride, PAGE, C)
@@ -200,18 +212,85 @@ def attend_kernel(
         best, total, mixed = fold(asked, key, value, is_there[None, :], scale, best, total, mixed)
     release(PDL, LATE)
 
+    parts = Parts(part_mixed, part_best, part_total)
+    if LONG:
+        put_part(parts, owner * num_splits + split, is_row, best, total, mixed, Q, D)
+        return
     is_last = num_parts == 1
     if num_parts > 1:
-        parts = Parts(part_mixed, part_best, part_total)
         put_part(parts, owner * num_splits + split, is_row, best, total, mixed, Q, D)
         tl.debug_barrier()  # all threads have stored before one of them says so
         is_last = tl.atomic_add(arrived + owner, 1, sem="acq_rel") == num_parts - 1
         if is_last:
-            total, mixed = merge(parts, owner * num_splits, num_parts, is_row, Q, D, PARTS)
+            total, mixed = merge(parts, owner * num_splits, num_parts, lane, is_row, Q, D, PARTS)
             tl.store(arrived + owner, 0)  # for the next launch
     if is_last:
         mixed /= tl.where(total == 0.0, 1.0, total)[:, None]  # the rows that only fill the tile may have seen nothing
         tl.store(out + row[:, None] * query_row_stride + inside, mixed.to(out.dtype.element_ty), mask=is_row[:, None])
+
+
+@triton.jit(
+    do_not_specialize=["num_splits"],
+    do_not_specialize_on_alignment=[
+        "cached", "prompt_start", "prompt_end", "row_start", "row_end", "tile_seat", "tile_first", "tile_end",
+    ],
+)  # fmt: skip
+def merge_kernel(
+    out,
+    part_mixed,
+    part_best,
+    part_total,
+    cached,
+    prompt_start,
+    prompt_end,
+    row_start,
+    row_end,
+    tile_seat,
+    tile_first,
+    tile_end,
+    num_splits,
+    row_stride,
+    G: tl.constexpr,
+    G_PADDED: tl.constexpr,
+    Q: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    NEW: tl.constexpr,
+    LANES: tl.constexpr,
+    PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """What `attend_kernel` left of every tile and head to the rows of `out`, LANES query rows a program."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    seat, first, end = tl.load(tile_seat + tile), tl.load(tile_first + tile), tl.load(tile_end + tile)
+    some_seat = tl.maximum(seat, 0)
+    prompt_first, prompt_stop = tl.load(prompt_start + some_seat), tl.load(prompt_end + some_seat)
+    decode_first, decode_stop = tl.load(row_start + some_seat), tl.load(row_end + some_seat)
+    _, prompt_stop, decode_stop = seen_rows(first, end, prompt_first, prompt_stop, decode_first, decode_stop)
+    num_blocks = tl.cdiv(tl.load(cached + some_seat), C)
+    num_blocks += tl.cdiv(prompt_stop - prompt_first, NEW) + tl.cdiv(decode_stop - decode_first, NEW)
+    wait(PDL)
+    lane = tl.program_id(2) * LANES + tl.arange(0, LANES)
+    row, group = first + lane // G_PADDED, lane % G_PADDED
+    is_row = (row < end) & (group < G)
+    if seat < 0:
+        return
+    parts = Parts(part_mixed, part_best, part_total)
+    owner = tile * tl.num_programs(1) + head
+    total, mixed = merge(parts, owner * num_splits, tl.minimum(num_splits, num_blocks), lane, is_row, Q, D, PARTS)
+    mixed /= tl.where(total == 0.0, 1.0, total)[:, None]
+    where = (row * row_stride + (head * G + group) * D)[:, None] + tl.arange(0, D)[None, :]
+    tl.store(out + where, mixed.to(out.dtype.element_ty), mask=is_row[:, None])
+
+
+@triton.jit
+def seen_rows(first, end, prompt_first, prompt_stop, decode_first, decode_stop):
+    """Whether rows [first, end) are of the prompt, and up to where they see prompt and decode rows.
+
+    A prompt tile sees the prompt up to its own last row and no decode rows; a decode tile sees both.
+    """
+    is_prompt = (first >= prompt_first) & (first < prompt_stop)
+    return is_prompt, tl.where(is_prompt, end, prompt_stop), tl.where(is_prompt, decode_first, decode_stop)
 
 
 @triton.jit

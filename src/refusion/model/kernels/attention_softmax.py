@@ -22,12 +22,15 @@ class Parts(NamedTuple):
 
 
 @triton.jit
-def fold(asked, key, value, is_seen, scale, best, total, mixed):
-    """Take a block of columns into the running softmax."""
+def fold(asked, key, value, is_seen, scale, best, total, mixed, ALL_SEEN: tl.constexpr = False):
+    """Take a block of columns into the running softmax; with ALL_SEEN every row sees all of them, and `is_seen` is nothing."""
     scores = _dot(asked, tl.trans(key), tl.zeros([asked.shape[0], key.shape[0]], tl.float32))
-    scores = tl.where(is_seen, scores, float("-inf"))
+    if not ALL_SEEN:
+        scores = tl.where(is_seen, scores, float("-inf"))
     new_best = tl.maximum(best, tl.max(scores, 1) * scale)
-    anchor = tl.where(new_best == float("-inf"), 0.0, new_best)  # a row that has seen nothing yet must not make -inf - -inf
+    anchor = new_best
+    if not ALL_SEEN:
+        anchor = tl.where(new_best == float("-inf"), 0.0, new_best)  # a row that has seen nothing yet must not make -inf - -inf
     weight = tl.math.exp2(scores * scale - anchor[:, None])
     shrink = tl.math.exp2(best - anchor)
     total = total * shrink + tl.sum(weight, 1)
@@ -45,22 +48,22 @@ def put_part(parts, part, is_row, best, total, mixed, Q: tl.constexpr, D: tl.con
 
 
 @triton.jit
-def merge(parts, first_part, num_parts, is_row, Q: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr):
-    """Totals and mixed values of all parts of a tile and head, the parts in their order.
+def merge(parts, first_part, num_parts, lane, is_row, Q: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr):
+    """Totals and mixed values of all parts of a tile and head, the parts in their order, for some of its query rows or all: `lane` [L].
 
     The weights of the parts come first, from all maxima at once; no load waits for the sum of an earlier one then. Past L1, which may
     hold what other programs have overwritten.
     """
-    lane, dim = tl.arange(0, Q), tl.arange(0, D)
+    dim = tl.arange(0, D)
     part = tl.arange(0, MAX_SPLITS)
     is_there = (part < num_parts)[:, None] & is_row[None, :]
     where = (first_part + part)[:, None] * Q + lane[None, :]
-    bests = tl.load(parts.best + where, mask=is_there, other=float("-inf"), cache_modifier=".cg")  # [MAX_SPLITS, Q]
+    bests = tl.load(parts.best + where, mask=is_there, other=float("-inf"), cache_modifier=".cg")  # [MAX_SPLITS, L]
     totals = tl.load(parts.total + where, mask=is_there, other=0.0, cache_modifier=".cg")
     best = tl.max(bests, 0)
     anchor = tl.where(best == float("-inf"), 0.0, best)
     total = tl.sum(totals * tl.math.exp2(bests - anchor[None, :]), 0)
-    mixed = tl.zeros([Q, D], tl.float32)
+    mixed = tl.zeros([lane.shape[0], D], tl.float32)
     for start in tl.range(0, num_parts, PARTS):
         for step in tl.static_range(PARTS):  # unrolled: their loads are in flight together
             is_some = is_row & (start + step < num_parts)
