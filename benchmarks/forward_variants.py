@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from kernels_linear_products import compiling_for_h100
 
+from refusion.engine.ops import LARGEST_TILE
 from refusion.model.kernels import attention, launch
 from refusion.model.kernels.attention_config import Changes, padded_rows, set_changes
 from refusion.model.kernels.launch import Overlap
@@ -35,7 +36,7 @@ class Variant:
     use_pdl: bool = True
     overlap: Overlap | None = None
     joined_rows: int | None = None
-    """Up to so many rows attention turns queries and keys itself; None: what the operations choose."""
+    """Up to so many rows attention turns queries and keys itself, in tiles of any size; None: what the operations choose."""
     tile_rows: int | None = None
     """Rows of a query tile, of forwards with several rows; None: what the engine takes."""
     changes: Changes = field(default_factory=dict)
@@ -48,15 +49,17 @@ class Variant:
         launch.set_overlap(self.overlap)
         set_changes(self.changes)
         ops = bench.network.ops
-        before = ops.joined_rows
-        ops.joined_rows, bench.tile_rows = before if self.joined_rows is None else self.joined_rows, self.tile_rows
+        before = ops.joined_rows, ops.joined_tile
+        if self.joined_rows is not None:
+            ops.joined_rows, ops.joined_tile = self.joined_rows, LARGEST_TILE
+        bench.tile_rows = self.tile_rows
         try:
             yield
         finally:
             launch.set_pdl(None)
             launch.set_overlap(None)
             set_changes({})
-            ops.joined_rows, bench.tile_rows = before, None
+            (ops.joined_rows, ops.joined_tile), bench.tile_rows = before, None
 
 
 def variants(kind: str | None) -> list[Variant]:
@@ -71,41 +74,29 @@ def variants(kind: str | None) -> list[Variant]:
             Variant("late", overlap=Overlap(small="late", large="late")),
             Variant("large-off", overlap=Overlap(small="early", large="off")),
         ]
-    cuts = [(4, 128, 8, 2), (4, 128, 4, 2), (8, 128, 8, 2), (8, 128, 4, 2), (8, 64, 4, 2), (16, 128, 8, 2), (16, 128, 4, 2)]
-    cuts += [(16, 128, 4, 3), (16, 64, 4, 3), (32, 128, 8, 2), (32, 128, 8, 3), (32, 128, 4, 2)]
+    cuts = [(4, 128, 4, 2), *((rows, columns, 4, stages) for rows in (8, 16) for columns, stages in ((128, 2), (64, 3)))]
+    cuts += [(32, 128, 8, 3), (32, 64, 8, 3)]
     return [
         Variant("default"),
         *(
             Variant(
-                f"tiles of {rows}, {columns} columns, {warps} warps, {stages} stages",
+                f"tiles of {rows}, {columns} columns, {warps} warps, {stages} stages, {programs} programs{', whole' if whole else ''}",
                 tile_rows=rows,
-                changes={"columns": columns, "num_warps": warps, "num_stages": stages},
+                changes={"columns": columns, "num_warps": warps, "num_stages": stages, "num_programs": programs, "is_long": whole},
             )
             for rows, columns, warps, stages in cuts
+            for programs in (1, 2)
+            for whole in (False, True)
         ),
-        *(
-            Variant(f"tiles of {rows}, rotation apart, 4 warps", joined_rows=0, tile_rows=rows, changes={"columns": 128, "num_warps": 4})
-            for rows in (4, 8, 16)
-        ),
-        *(
-            Variant(
-                f"tiles of {rows}, 64 new columns, 4 warps", tile_rows=rows, changes={"columns": 128, "new_columns": 64, "num_warps": 4}
-            )
-            for rows in (8, 16)
-        ),
-        *(
-            Variant(
-                f"tiles of {rows}, {warps} warps, long", tile_rows=rows, changes={"is_long": True, "num_warps": warps, "merge_parts": 8}
-            )
-            for rows, warps in ((4, 8), (4, 4), (8, 4), (16, 4), (16, 8))
-        ),
+        *(Variant(f"tiles of {rows}, rotation apart", joined_rows=0, tile_rows=rows) for rows in (4, 8, 16)),
+        *(Variant(f"tiles of {rows}, rotation joined", joined_rows=512, tile_rows=rows) for rows in (8, 16)),
     ]
 
 
 def compare(kind: str, bench: Any, widths: Sequence[int], milliseconds: Callable[[int], list[float]]) -> dict[str, dict[int, float]]:
     """Median milliseconds by variant and width, printed as a table on the way."""
     table: dict[str, dict[int, float]] = {}
-    print(f"{'':48}" + "".join(f"{f'T={width}':>9}" for width in widths), flush=True)
+    print(f"{'':64}" + "".join(f"{f'T={width}':>9}" for width in widths), flush=True)
     for variant in variants(kind):
         figures = table[variant.label] = {}
         for width in widths:
@@ -115,7 +106,7 @@ def compare(kind: str, bench: Any, widths: Sequence[int], milliseconds: Callable
             except Exception as error:  # out of resources and the like: this figure is lost, the others are not
                 print(f"{variant.label}, T = {width}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
         cells = (f"{figures[width]:9.3f}" if width in figures else f"{'-':>9}" for width in widths)
-        print(f"{variant.label:48}" + "".join(cells), flush=True)
+        print(f"{variant.label:64}" + "".join(cells), flush=True)
     return table
 
 

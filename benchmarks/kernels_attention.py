@@ -36,7 +36,7 @@ from refusion.engine.shapes import LONG_CONTEXT
 from refusion.model import attention_ops
 from refusion.model.kernels import launch, rotary, store
 from refusion.model.kernels.attention import Workspace, attend
-from refusion.model.kernels.attention_config import MAX_SPLITS, Config, choose_config, padded_rows, parts_at_a_time
+from refusion.model.kernels.attention_config import MAX_SPLITS, Config, choose_config, padded_rows
 from refusion.model.rows import PROMPT, Rows, Spans, Tiles, plain_tiles
 from refusion.model.segments import NO_PARENT, TRUNK
 
@@ -97,7 +97,7 @@ class Variant:
         config = self.config
         return (
             f"block {self.block} splits {config.splits} columns {config.columns}+{config.new_columns} "
-            f"warps {config.num_warps} stages {config.num_stages} parts {config.merge_parts}{' long' if config.is_long else ''}"
+            f"warps {config.num_warps} stages {config.num_stages}{' long' if config.is_long else ''}"
         )
 
 
@@ -219,8 +219,7 @@ def variants_of(shape: Shape, case: Case, num_parts: int) -> Iterator[tuple[str,
         seen = {default}
         for columns, num_warps, num_stages in cuts(tile_rows, shape.head_dim):
             for splits, is_long in splits_of(tiles * shape.num_kv_heads, num_parts):
-                parts = 8 if is_long else parts_at_a_time(tile_rows, shape.head_dim, num_warps)
-                config = Config(splits, columns, default.new_columns, num_warps, num_stages, parts, is_long=is_long)
+                config = Config(splits, columns, default.new_columns, num_warps, num_stages, is_long=is_long)
                 if config not in seen:
                     seen.add(config)
                     yield "", Variant(block, config)
@@ -237,7 +236,6 @@ def splits_of(num_owners: int, num_parts: int) -> Iterator[tuple[int, bool]]:
 OPTIONS: dict[str, dict[str, Any]] = {
     "not eager": {"is_eager": False},
     "late": {"is_late": True},
-    "part by part": {"merge_parts": 1},
     "long": {"is_long": True},
 }
 OPTIONS_OF = {
@@ -422,8 +420,8 @@ def compile_ahead(work: list[tuple[Shape, Case]], workers: int) -> None:
 
 
 def unsplit(variant: Variant) -> Variant:
-    """What needs to be compiled: splits are no constant of the kernel."""
-    return replace(variant, config=replace(variant.config, splits=1))
+    """What needs to be compiled: but for there being several, splits are no constant of the kernels."""
+    return replace(variant, config=replace(variant.config, splits=min(variant.config.splits, 2)))
 
 
 def compile_job(job: tuple[Shape, Variant]) -> str:

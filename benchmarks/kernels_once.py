@@ -118,7 +118,7 @@ def attentions(device: str) -> Iterator[str]:
             num_tiles = num_rows // block + 2 * len(SEATS)
             tiles = plain_tiles(forward.spans, block, num_tiles)
             workspace = Workspace(8 * num_tiles * num_kv_heads, tile_rows, head_dim, torch.device(device))
-            cuts = (None, AttentionConfig(1, 32, 16, 4, 2), AttentionConfig(3, 64, 32, 8, 2, merge_parts=2), invariant_config())
+            cuts = (None, AttentionConfig(1, 32, 16, 4, 2), AttentionConfig(3, 64, 32, 8, 2), invariant_config())
             for config in cuts if block == 16 else cuts[:1]:
                 found = attend(forward.query.clone(), forward.new_keys, forward.new_values, *context, tiles, workspace, config)
                 finite(found[is_real], "attend")

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from refusion.model import attention_ops
 from refusion.model.kernels import rotary, store
 from refusion.model.kernels.attention import Workspace, attend, rotate_and_attend
-from refusion.model.kernels.attention_config import MAX_SPLITS, Config, choose_config, choose_splits, padded_rows, parts_at_a_time
+from refusion.model.kernels.attention_config import MAX_SPLITS, Config, choose_config, choose_splits, padded_rows
 from refusion.model.rows import Tiles, plain_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,12 +43,11 @@ def run(
     block: int,
     columns: int = 16,
     new_columns: int = 16,
-    merge_parts: int = 2,
     is_long: bool = False,
     num_tiles: int | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """The kernel's answer; the workspace is NaN at first and its counters are zero afterwards."""
+    """The kernel's answer; the workspace is NaN at first."""
     forward = forward.to(DEVICE)
     num_kv_heads, head_dim = forward.new_keys.shape[1:]
     num_tiles = num_tiles or len(forward.spans.cached) * 2 + forward.rows.num_rows // block
@@ -57,10 +56,9 @@ def run(
     workspace = Workspace(num_tiles * num_kv_heads * splits, tile_rows, head_dim, torch.device(DEVICE))
     for parts in (workspace.mixed, workspace.best, workspace.total):
         parts.fill_(torch.nan)
-    config = Config(splits, columns, new_columns, num_warps=4, num_stages=2, merge_parts=merge_parts, is_long=is_long)
+    config = Config(splits, columns, new_columns, num_warps=4, num_stages=2, is_long=is_long)
     query = forward.query.clone()
     found = attend(query, *forward.arguments[1:], tiles, workspace, config, **options)
-    assert not workspace.arrived.any()
     left_over = query.flatten(1) if options.get("in_place") else torch.zeros_like(found)
     is_padding = forward.rows.seat < 0
     assert torch.equal(found[is_padding], left_over[is_padding])
@@ -131,12 +129,10 @@ def test_too_small_a_workspace_is_refused() -> None:
         attend(*forward.arguments, tiles, workspace, Config(2, 16, 16, 4, 2))
 
 
-def test_splits_fill_half_of_the_workspace() -> None:
-    assert choose_splits(num_tiles=2, num_kv_heads=2, num_parts=7) == 1
-    assert choose_splits(num_tiles=1, num_kv_heads=2, num_parts=14) == 3
-    assert choose_splits(num_tiles=1, num_kv_heads=1, num_parts=1000) == MAX_SPLITS
-    assert parts_at_a_time(16, 128, num_warps=4) == 8
-    assert parts_at_a_time(128, 128, num_warps=4) == 1
+def test_there_are_as_many_splits_as_programs_are_wanted() -> None:
+    assert choose_splits(num_tiles=2, num_kv_heads=2, num_programs=7) == 1
+    assert choose_splits(num_tiles=1, num_kv_heads=2, num_programs=7) == 3
+    assert choose_splits(num_tiles=1, num_kv_heads=1, num_programs=1000) == MAX_SPLITS
 
 
 def test_long_contexts_are_shared_by_more_programs_but_never_more_than_the_workspace_holds() -> None:
@@ -161,7 +157,6 @@ def test_the_parts_of_a_long_context_may_fill_the_workspace() -> None:
     assert choose_config(2, 1, tile_rows, 128, torch.float32, workspace.num_parts, tiles.is_long).splits == 4
     found = attend(forward.query.clone(), *forward.arguments[1:], tiles, workspace)
     torch.testing.assert_close(found, attention_ops.attend(*forward.arguments), rtol=0, atol=2e-6)
-    assert not workspace.arrived.any()
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -175,12 +170,10 @@ def test_the_result_may_take_the_place_of_the_queries(name: str, splits: int) ->
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_new_rows_and_parts_may_be_taken_in_blocks_of_their_own(name: str) -> None:
+def test_new_rows_may_be_taken_in_blocks_of_their_own(name: str) -> None:
     forward = forward_of(BATCHES[name])
     expected = attention_ops.attend(*forward.arguments)
-    found = run(forward, splits=5, block=8, columns=32, new_columns=16, merge_parts=1)
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
-    assert torch.equal(found, run(forward, splits=5, block=8, columns=32, new_columns=16, merge_parts=8))
+    torch.testing.assert_close(run(forward, splits=5, block=8, columns=32, new_columns=16), expected, rtol=0, atol=2e-6)
 
 
 def test_no_used_tile_leaves_only_zeros() -> None:
@@ -238,7 +231,7 @@ def test_rotation_joined_with_attention_is_both_one_after_the_other(name: str, s
         len(tiles.seat) * num_kv_heads * splits, padded_rows(8, num_heads // num_kv_heads), head_dim, torch.device(DEVICE)
     )
     before = qkv.clone()
-    found = rotate_and_attend(qkv, *turned, *new[1], *context, tiles, workspace, Config(splits, 16, 16, 4, 2, merge_parts=2))
+    found = rotate_and_attend(qkv, *turned, *new[1], *context, tiles, workspace, Config(splits, 16, 16, 4, 2))
     torch.testing.assert_close(found[is_real], expected[is_real], rtol=0, atol=2e-6)
     torch.testing.assert_close(new[1, :, is_real], new[0, :, is_real], rtol=0, atol=2e-6)
     assert new[1, :, ~is_real].isnan().all()

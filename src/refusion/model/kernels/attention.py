@@ -1,11 +1,11 @@
 """Attention of flat rows over pages and new rows: split-K/V flash decoding in Triton.
 
 The columns of a query tile, [committed tokens | prompt rows | decode rows] of its seat, are cut into blocks and the blocks dealt out in
-turn to `splits` programs, so that one long context fills the GPU and a prompt of thousands of rows is shared out too. The program that
-arrives last merges the parts. The kernel itself is in `attention_kernel`, its cuts are chosen in `attention_config`.
+turn to `splits` programs, so that one long context fills the GPU and a prompt of thousands of rows is shared out too. A second kernel
+merges the parts. The kernels themselves are in `attention_kernel`, their cuts are chosen in `attention_config`.
 
 Batch invariance: with a given `Config` and a given tile size the result of a row depends on the rows of its own seat alone, bit for bit;
-the parts are merged in the order of their programs, whichever of them does it. `choose_config` looks at shapes only, so the promise holds
+the parts are merged in the order of their programs. `choose_config` looks at shapes only, so the promise holds
 from forward to forward of the same bucket.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from refusion.model.kernels.attention_config import Config, choose_config, next_power_of_2, padded_rows
+from refusion.model.kernels.attention_config import PROGRAMS, Config, choose_config, next_power_of_2, padded_rows
 from refusion.model.kernels.attention_kernel import attend_kernel, merge_kernel
 from refusion.model.kernels.launch import launch
 from refusion.model.rows import Rows, Spans, Tiles
@@ -23,7 +23,9 @@ from refusion.model.rows import Rows, Spans, Tiles
 # T = rows of the forward, N = tiles, H = key/value heads, G = query heads per key/value head, D = head dimension
 
 MERGED_LANES = 8
-"""Query rows that a program of the merging kernel has."""
+"""Query rows that a program of the merging kernel has: few, so that there are many programs."""
+MERGED_PARTS = 8
+"""Parts whose loads it has in flight."""
 
 
 class Workspace:
@@ -37,13 +39,12 @@ class Workspace:
         self.mixed = torch.empty(num_parts, tile_rows, head_dim, dtype=torch.float32, device=device)
         self.best = torch.empty(num_parts, tile_rows, dtype=torch.float32, device=device)
         self.total = torch.empty(num_parts, tile_rows, dtype=torch.float32, device=device)
-        self.arrived = torch.zeros(num_parts, dtype=torch.int32, device=device)  # zero between launches: the last program sees to it
 
     @classmethod
     def for_device(cls, block: int, num_groups: int, head_dim: int, device: torch.device) -> "Workspace":
-        """Two parts per multiprocessor, for tiles of at most `block` rows."""
+        """For tiles of at most `block` rows, as many parts as there are programs at most."""
         num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-        return cls(2 * num_processors, padded_rows(block, num_groups), head_dim, device)
+        return cls(PROGRAMS * num_processors, padded_rows(block, num_groups), head_dim, device)
 
 
 def attend(
@@ -143,7 +144,7 @@ def _attend(
     if config is None:
         config = choose_config(num_tiles, num_kv_heads, tile_rows, head_dim, query.dtype, workspace.num_parts, tiles.is_long)
     num_parts = num_tiles * num_kv_heads * config.splits
-    assert (config.splits == 1 and not config.is_long) or (
+    assert config.splits == 1 or (
         num_parts <= workspace.num_parts and tile_rows <= workspace.tile_rows and head_dim <= workspace.head_dim
     ), f"{num_parts} parts of {tile_rows} x {head_dim} do not fit a workspace of {tuple(workspace.mixed.shape)}"
     layouts = (keys.stride(), new_keys.stride())
@@ -178,7 +179,6 @@ def _attend(
         workspace.mixed,
         workspace.best,
         workspace.total,
-        workspace.arrived,
         kept.positions,
         kept.cos,
         kept.sin,
@@ -207,7 +207,7 @@ def _attend(
         D=head_dim,
         C=config.columns,
         NEW=config.new_columns,
-        PARTS=config.merge_parts,
+        SHARED=config.splits > 1,
         CLEAR=out is not query,
         EAGER=config.is_eager,
         LATE=config.is_late,
@@ -217,7 +217,7 @@ def _attend(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if config.is_long:
+    if config.splits > 1:
         lanes = min(MERGED_LANES, tile_rows)
         launch(
             merge_kernel,
@@ -243,6 +243,6 @@ def _attend(
             C=config.columns,
             NEW=config.new_columns,
             LANES=lanes,
-            PARTS=config.merge_parts,
+            PARTS=MERGED_PARTS,
             num_warps=4,
         )

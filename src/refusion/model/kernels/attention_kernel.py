@@ -1,13 +1,13 @@
 """The kernel behind `refusion.model.kernels.attention`.
 
 No mask is materialised: who sees whom follows from the per-row arrays (`refusion.model.rows.may_see`). What stands between the launch and
-the first product is a chain of dependent look-ups, tile -> seat -> page -> keys, and for short contexts that chain and the merge are all
-the time there is. So look-ups of one depth are issued together; the first block of a program has the number of its split, and thus a
+the first product is a chain of dependent look-ups, tile -> seat -> page -> keys, and for short contexts that chain is nearly all the
+time there is. So look-ups of one depth are issued together; the first block of a program has the number of its split, and thus a
 page that can be looked up before the length of the context is known; and the new rows, which the previous kernel left in the L2 cache,
 are taken first, while the memory brings the first committed tokens.
 
-For long contexts (LONG) the parts of a tile are merged by a kernel of its own, `merge_kernel`: a single program would read them one after
-the other while all others have nothing to do. Blocks that lie within the context as a whole then have a loop without a mask.
+Where several programs share the columns of a tile (SHARED) their parts are merged by a kernel of its own: the last program to arrive
+would read them all while the others have nothing to do, and its instructions and registers would be everybody's.
 
 With ROTATES queries and new keys come as the projection left them, and every program normalises and rotates what it reads: a few rows that
 several programs turn alike cost less than a kernel that turns them once. One program of every tile and head leaves the new rows behind.
@@ -52,7 +52,7 @@ def attend_kernel(
     new_values,
     keys,
     values,
-    out,  # may be `query`: the last program of a tile and head writes, after all of them have read
+    out,  # may be `query`: a program writes the rows that it alone has read, or `merge_kernel` does
     row_seat,
     segment,
     rank,
@@ -71,7 +71,6 @@ def attend_kernel(
     part_mixed,
     part_best,
     part_total,
-    arrived,
     positions,
     cos,
     sin,
@@ -100,7 +99,7 @@ def attend_kernel(
     D: tl.constexpr,
     C: tl.constexpr,
     NEW: tl.constexpr,
-    PARTS: tl.constexpr,
+    SHARED: tl.constexpr,
     CLEAR: tl.constexpr,
     EAGER: tl.constexpr,
     LATE: tl.constexpr,
@@ -212,19 +211,9 @@ def attend_kernel(
         best, total, mixed = fold(asked, key, value, is_there[None, :], scale, best, total, mixed)
     release(PDL, LATE)
 
-    parts = Parts(part_mixed, part_best, part_total)
-    if LONG:
-        put_part(parts, owner * num_splits + split, is_row, best, total, mixed, Q, D)
-        return
-    is_last = num_parts == 1
-    if num_parts > 1:
-        put_part(parts, owner * num_splits + split, is_row, best, total, mixed, Q, D)
-        tl.debug_barrier()  # all threads have stored before one of them says so
-        is_last = tl.atomic_add(arrived + owner, 1, sem="acq_rel") == num_parts - 1
-        if is_last:
-            total, mixed = merge(parts, owner * num_splits, num_parts, lane, is_row, Q, D, PARTS)
-            tl.store(arrived + owner, 0)  # for the next launch
-    if is_last:
+    if SHARED:
+        put_part(Parts(part_mixed, part_best, part_total), owner * num_splits + split, is_row, best, total, mixed, Q, D)
+    else:
         mixed /= tl.where(total == 0.0, 1.0, total)[:, None]  # the rows that only fill the tile may have seen nothing
         tl.store(out + row[:, None] * query_row_stride + inside, mixed.to(out.dtype.element_ty), mask=is_row[:, None])
 

@@ -40,7 +40,7 @@ def fold(asked, key, value, is_seen, scale, best, total, mixed, ALL_SEEN: tl.con
 
 @triton.jit
 def put_part(parts, part, is_row, best, total, mixed, Q: tl.constexpr, D: tl.constexpr):
-    """Leave what this program has for the one that merges."""
+    """Leave what this program has for those that merge."""
     lane, dim = tl.arange(0, Q), tl.arange(0, D)
     tl.store(parts.mixed + (part * Q + lane)[:, None] * D + dim[None, :], mixed, mask=is_row[:, None])
     tl.store(parts.best + part * Q + lane, best, mask=is_row)
