@@ -40,6 +40,7 @@ from refusion.evaluation.results import Figure, Result, Run, to_plain, write_res
 from refusion.evaluation.statistics import Interval
 from refusion.model.cache import KVCache
 from refusion.model.config import ModelConfig
+from refusion.model.kernels.attention_config import NARROW_HEAD
 from refusion.model.quantize import Kind
 from refusion.model.rows import Rows, Spans, plain_tiles
 from refusion.model.segments import NO_PARENT, Segments
@@ -273,7 +274,8 @@ def static_forward(bench: Bench, width: int) -> Forward:
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     pages = torch.arange(-(-bench.cached // PAGE_SIZE), dtype=torch.int32, device=device)[None]
     spans = Spans(zero + bench.cached, zero, zero, zero, zero + width, pages, PAGE_SIZE)
-    block = (bench.tile_rows or tile_rows(width, bench.cached)) if width > 1 else LONE_TILE_ROWS
+    chosen_rows = tile_rows(width, bench.cached, is_wide=bench.config.head_dim > NARROW_HEAD)
+    block = (bench.tile_rows or chosen_rows) if width > 1 else LONE_TILE_ROWS
     tiles = plain_tiles(spans, block, -(-width // block), width > 1 and bench.cached > LONG_CONTEXT)
     pool, new = bench.random_cache(pages.numel() * PAGE_SIZE), KeyValues.empty(bench.config, width, device, bench.model.dtype)
     bias = torch.zeros(bench.config.vocab_size, device=device)

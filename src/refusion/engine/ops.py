@@ -13,10 +13,10 @@ from refusion.model.quantize import Kind, quantize
 from refusion.model.rows import Rows, Spans, Tiles
 
 LARGEST_TILE = 32  # rows of a query tile
-JOINED_ROWS = {64: 512, 128: 64}
-"""By head dimension: up to so many rows attention turns queries and keys itself. Above, too many tiles turn the same keys."""
-JOINED_TILE = {64: 16, 128: 8}
-"""The same of the rows of a query tile: a program that turns many has too few registers left."""
+JOINED_ROWS = 512
+"""Up to so many rows attention turns queries and keys of narrow heads itself. Above, too many tiles turn the same keys."""
+JOINED_TILE = 16
+"""The same of the rows of a query tile: a program that turns many has too few registers left, as one that turns wide heads has."""
 
 
 class PlainOps:
@@ -65,7 +65,7 @@ class TritonOps:
         """invariant_tiles: with it no row depends on how many others there are, in forwards of at most so many tiles of TILE_ROWS rows."""
         # Imported here: a machine without Triton runs everything else.
         from refusion.model.kernels import attention, linear, owed, readout, rotary, store
-        from refusion.model.kernels.attention_config import invariant_config, padded_rows
+        from refusion.model.kernels.attention_config import NARROW_HEAD, invariant_config, padded_rows
 
         self.quantization: Kind | None = quantization
         self.is_batch_invariant = invariant_tiles is not None
@@ -74,8 +74,8 @@ class TritonOps:
         self.linear_add, self.paid = partial(linear.linear_add_owed, config=cut), owed.paid
         self.readout, self.rotate_and_store = partial(readout.readout, config=cut), rotary.rotate_and_store
         self.store_rows, self.rotate_and_attend = store.store_rows, attention.rotate_and_attend
-        self.joined_rows = 0 if self.is_batch_invariant else JOINED_ROWS.get(config.head_dim, 0)
-        self.joined_tile = JOINED_TILE.get(config.head_dim, 0)
+        self.joined_rows = JOINED_ROWS if config.head_dim <= NARROW_HEAD and not self.is_batch_invariant else 0
+        self.joined_tile = JOINED_TILE
         num_groups = config.num_attention_heads // config.num_key_value_heads
         if invariant_tiles is None:
             self._attend = attention.attend

@@ -246,7 +246,7 @@ class Runner:
             return Shape(num_seats, num_prompt_rows, max(num_rows, 1), candidates, TILE_ROWS)
         num_prompt_rows = at_least(PROMPT_ROWS, num_prompt_rows)
         if lane.key.decoder == "autoregressive":
-            tile = tile_rows(num_prompt_rows + num_seats, num_cached) if num_prompt_rows else LONE_TILE_ROWS
+            tile = self._tile_rows(num_prompt_rows + num_seats, num_cached) if num_prompt_rows else LONE_TILE_ROWS
             return Shape(num_seats, num_prompt_rows, num_seats, candidates, TILE_ROWS if self.has_fixed_tiles else tile)
         rows = max(num_rows, 1)
         if num_prompt_rows:
@@ -254,8 +254,11 @@ class Runner:
         rows = row_bucket(rows, num_seats, has_prompt=num_prompt_rows > 0)
         if self.has_fixed_tiles:
             return Shape(num_seats, num_prompt_rows, rows, candidates, TILE_ROWS)
-        tile = tile_rows(num_prompt_rows + rows, num_cached)
+        tile = self._tile_rows(num_prompt_rows + rows, num_cached)
         return Shape(num_seats, num_prompt_rows, rows, candidates, tile, self.has_wide_heads and num_cached > LONG_CONTEXT)
+
+    def _tile_rows(self, num_rows: int, num_cached: int) -> int:
+        return tile_rows(num_rows, num_cached, is_wide=self.has_wide_heads)
 
     def _write_prompt(self, shape: Shape, prompt: PromptRows) -> None:
         """Leave the numbers of all prompt rows, the spans of the seats and the query tiles where the forward fetches them."""

@@ -45,14 +45,17 @@ def at_least(sizes: tuple[int, ...], size: int) -> int:
     return sizes[place] if place < len(sizes) else size
 
 
-def tile_rows(num_rows: int, num_cached: int = 0) -> int:
-    """Rows of a query tile in a forward of so many, the longest context being `num_cached`: what an H100 was fastest with.
+def tile_rows(num_rows: int, num_cached: int = 0, *, is_wide: bool = False) -> int:
+    """Rows of a query tile in a forward of so many, the longest context being `num_cached`: what an H200 was fastest with.
 
-    Small tiles make more programs and shorter merges, large ones read the context less often (`results/attention-cuts-h100.json`).
+    Small tiles make more programs, large ones read the context less often, which costs more where heads are wide
+    (`results/attention-in-place-*-h200.json`).
     """
     if num_cached > LONG_CONTEXT:
         return 16 if num_rows <= 192 else 32
-    return 4 if num_rows <= 16 else 8 if num_rows <= 112 else 16
+    if num_rows <= 16:
+        return 4
+    return 8 if num_rows <= 48 and not is_wide else 16
 
 
 def power_of_two(size: int) -> int:

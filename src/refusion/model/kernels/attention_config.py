@@ -13,6 +13,8 @@ NARROW_HEAD = 64
 """Heads of at most so many numbers are cut as an H100's sweep said (results/attention-*-h100.json), wider ones as an H200's."""
 PROGRAMS = 2
 """Programs a multiprocessor, at most, and parts that a workspace has for it."""
+MANY_SPLITS = 6
+"""From here on one program a multiprocessor is enough; with fewer each has many blocks, and two hide each other's waiting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,11 @@ def choose_config(
     is_long: the contexts are so long that reading them takes most of the time.
     """
     changes = dict(_changes)
-    num_programs = int(changes.pop("num_programs", 1 if head_dim > NARROW_HEAD and not is_long else PROGRAMS))
-    splits = choose_splits(num_tiles, num_kv_heads, num_parts * num_programs // PROGRAMS)
+    splits = choose_splits(num_tiles, num_kv_heads, num_parts // PROGRAMS)
+    is_crowdable = head_dim <= NARROW_HEAD or is_long
+    num_programs = int(changes.pop("num_programs", PROGRAMS if splits < MANY_SPLITS and is_crowdable else 1))
+    if num_programs > 1:
+        splits = choose_splits(num_tiles, num_kv_heads, num_parts * num_programs // PROGRAMS)
     config = _chosen(splits, tile_rows, head_dim, dtype, is_long)
     return replace(config, **changes) if changes else config
 

@@ -176,7 +176,7 @@ def attend_kernel(
 
     new_column = tl.arange(0, NEW)
     # One loop for prompt and decode rows, one for whole and ragged blocks of committed tokens: a kernel that runs a few microseconds is
-    # paid by its instructions, which every launch reads anew.
+    # paid by its instructions, which every launch reads anew. A long context is worth a loop without masks.
     for block in tl.range(_turn(split, cached_blocks, num_splits), prompt_blocks + decode_blocks, num_splits, num_stages=1):
         is_decode = block >= prompt_blocks
         new = tl.where(is_decode, decode_first + (block - prompt_blocks) * NEW, prompt_first + block * NEW) + new_column
@@ -190,7 +190,7 @@ def attend_kernel(
         new_value = load_columns(head_new_values, new_where, is_column, dim)
         is_seen = may_see_rows(mine, segment, rank, is_trunk, new, is_column)
         is_seen = tl.where(is_decode, is_seen, new[None, :] <= last_seen[:, None])
-        best, total, mixed = fold(asked, new_key, new_value, is_seen & is_column[None, :], scale, best, total, mixed)
+        best, total, mixed = fold(asked, new_key, new_value, is_seen & is_column[None, :], scale, best, total, mixed, ALL_SEEN=False)
 
     ragged = split
     if LONG:
@@ -208,7 +208,7 @@ def attend_kernel(
         key = load_block(head_keys, page, block, column, inner, is_there, dim, page_row_stride, PAGE, C)
         value = load_block(head_values, page, block, column, inner, is_there, dim, page_row_stride, PAGE, C)
         page = next_page
-        best, total, mixed = fold(asked, key, value, is_there[None, :], scale, best, total, mixed)
+        best, total, mixed = fold(asked, key, value, is_there[None, :], scale, best, total, mixed, ALL_SEEN=False)
     release(PDL, LATE)
 
     if SHARED:
@@ -255,7 +255,9 @@ def merge_kernel(
     some_seat = tl.maximum(seat, 0)
     prompt_first, prompt_stop = tl.load(prompt_start + some_seat), tl.load(prompt_end + some_seat)
     decode_first, decode_stop = tl.load(row_start + some_seat), tl.load(row_end + some_seat)
-    _, prompt_stop, decode_stop = seen_rows(first, end, prompt_first, prompt_stop, decode_first, decode_stop)
+    _, prompt_stop, decode_stop = seen_rows(  # pyright: ignore[reportGeneralTypeIssues]: a call inside a kernel, not Python's
+        first, end, prompt_first, prompt_stop, decode_first, decode_stop
+    )
     num_blocks = tl.cdiv(tl.load(cached + some_seat), C)
     num_blocks += tl.cdiv(prompt_stop - prompt_first, NEW) + tl.cdiv(decode_stop - decode_first, NEW)
     wait(PDL)

@@ -22,7 +22,7 @@ class Parts(NamedTuple):
 
 
 @triton.jit
-def fold(asked, key, value, is_seen, scale, best, total, mixed, ALL_SEEN: tl.constexpr = False):
+def fold(asked, key, value, is_seen, scale, best, total, mixed, ALL_SEEN: tl.constexpr):
     """Take a block of columns into the running softmax; with ALL_SEEN every row sees all of them, and `is_seen` is nothing."""
     scores = _dot(asked, tl.trans(key), tl.zeros([asked.shape[0], key.shape[0]], tl.float32))
     if not ALL_SEEN:
