@@ -293,7 +293,8 @@ class Runner:
         if not self.is_cuda:
             self._forward(lane, shape)
             return Pending(lane.copy_report(shape.num_seats), None)
-        started = self._mark()
+        stream = torch.cuda.current_stream(self.device.index)  # left to themselves, events ask for the device first, each time
+        started = self._mark(stream)
         captured = lane.captured.get(shape)
         if captured is not None and captured.graph is not None:
             captured.graph.replay()
@@ -301,16 +302,16 @@ class Runner:
             self._run_first(lane, shape, captured)
         report = lane.copy_report(shape.num_seats)
         done = torch.cuda.Event(enable_timing=self.timings is not None)
-        done.record()
+        done.record(stream)
         if self.timings is not None and started is not None:
             self.timings.append((started, done))
         return Pending(report, done)
 
-    def _mark(self) -> "torch.cuda.Event | None":
+    def _mark(self, stream: "torch.cuda.Stream") -> "torch.cuda.Event | None":
         if self.timings is None:
             return None
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(stream)
         return event
 
     def _run_first(self, lane: Lane, shape: Shape, captured: Captured | None) -> None:
@@ -422,7 +423,7 @@ class Runner:
 
 def _longest(lane: Lane, num_seats: int) -> int:
     """Committed tokens of the longest context."""
-    return int(lane.cached_host[:num_seats].max())
+    return max(lane.cached_host[:num_seats].tolist())
 
 
 def _num_kept(lane: Lane, shape: Shape) -> int:

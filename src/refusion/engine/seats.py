@@ -242,10 +242,9 @@ class Seats:
         Those who sit `can_go_on`.
         """
         count, took_part = len(self._took_part[0]), self._took_part[0]
-        is_fresh = self.is_fresh[: len(self.requests)].any()
-        goes_on = took_part & self.is_decoding[:count] & (report[:count, IS_DONE] == 0)
-        if not is_fresh:
-            return report[:count] if goes_on.any() else None
+        if not np.count_nonzero(self.is_fresh[: len(self.requests)]):  # several times as fast as `any`, as long as seats are few
+            goes_on = took_part & self.is_decoding[:count] & (report[:count, IS_DONE] == 0)
+            return report[:count] if np.count_nonzero(goes_on) else None
         reports = self.reports[: len(self.requests)].copy()
         reports[:count][took_part] = report[:count][took_part]
         return reports

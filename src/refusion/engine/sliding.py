@@ -20,6 +20,7 @@ from refusion.decoding.sliding_report import (
     PLANS,
     SHORT,
     WHOLE,
+    WHOLE_BEHIND_FAILURE,
     final_columns,
     most_next,
     most_rows,
@@ -37,6 +38,10 @@ SHARE_MORE = 0.5
 """Share of the failures behind one accepted length that are expected to come behind a longer one; and so on."""
 SHARE_HIT = 0.4
 """Share of the failures where a runner-up is expected to be right, if it is tried."""
+FEW = 16
+"""Rows of up to so many seats are looked up one by one, which is then faster than operations on arrays."""
+MOST_KNOWN = 2
+"""Tokens of a chain that are final already, at most: what stood in for a draft, and what is known behind a runner-up."""
 
 
 class SlidingDemand:
@@ -44,6 +49,7 @@ class SlidingDemand:
 
     def __init__(self, slots: SlotSettings) -> None:
         self.slots = slots
+        self._tables: dict[int, list[list[list[int]]]] = {}  # candidates -> rows by known, drafted and plan
 
     def open(self, line: np.ndarray, max_tokens: int) -> None:
         line[[IS_DONE, NUM_KNOWN, NUM_DRAFTED, PLANS, HAS_END]] = 0, 0, 0, WHOLE, 0
@@ -60,7 +66,18 @@ class SlidingDemand:
         return rows * (1 - reports[:, IS_DONE])
 
     def total(self, reports: np.ndarray, candidates: int) -> int:
-        return int(self.rows(reports, candidates).sum())
+        if len(reports) > FEW:
+            return int(self.rows(reports, candidates).sum())
+        rows = self._tables.get(candidates)
+        if rows is None:
+            rows = self._tables[candidates] = self._table(candidates)
+        lines: list[list[int]] = reports[:, : PLANS + 1].tolist()  # numbers on the host
+        return sum(rows[line[NUM_KNOWN]][line[NUM_DRAFTED]][line[PLANS]] for line in lines if not line[IS_DONE])
+
+    def _table(self, candidates: int) -> list[list[list[int]]]:
+        """`rows` of all that a seat can be asked for."""
+        known, drafted, plans = np.ogrid[: MOST_KNOWN + 1, : self.slots.slot_size + 1, : WHOLE_BEHIND_FAILURE + 1]
+        return rows_needed(known, drafted, plans, self.slots, candidates).tolist()
 
     def most_next(self, reports: np.ndarray, candidates: int) -> int:
         return int(most_next(reports[:, NUM_DRAFTED], reports[:, PLANS], self.slots, candidates).sum())
