@@ -164,9 +164,7 @@ class Engine:
         """Take from a report what the next forward depends on."""
         glance = forward.seats.glance(report)
         is_told = glance.is_done | (forward.seats.has_listeners[: len(glance.requests)] & glance.took_part)
-        told: list[int] = []
-        if is_told.any():
-            told = [seat for seat in np.flatnonzero(is_told).tolist() if glance.requests[seat].state is not State.FINISHED]
+        told = [seat for seat in is_told.nonzero()[0].tolist() if glance.requests[seat].state is not State.FINISHED]
         self._unbooked = glance, told  # before anybody is removed: what is interrupted from here on is still told by `reset`
         for seat in told:
             if glance.is_done[seat]:

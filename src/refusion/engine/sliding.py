@@ -4,6 +4,8 @@ Where acceptance is exact, the lengths that a forward prepares for change no tok
 does for other slots. Elsewhere the settings alone say how many there are.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 from refusion.decoding import refusion_report, sliding_report
@@ -52,7 +54,8 @@ class SlidingDemand:
         self._tables: dict[int, list[list[list[int]]]] = {}  # candidates -> rows by known, drafted and plan
 
     def open(self, line: np.ndarray, max_tokens: int) -> None:
-        line[[IS_DONE, NUM_KNOWN, NUM_DRAFTED, PLANS, HAS_END]] = 0, 0, 0, WHOLE, 0
+        line[IS_DONE] = line[NUM_KNOWN] = line[NUM_DRAFTED] = line[HAS_END] = 0
+        line[PLANS] = WHOLE
 
     def close(self, line: np.ndarray) -> None:
         line[IS_DONE] = 1
@@ -177,6 +180,7 @@ def demand_of(rounds: RefusionRounds | SlidingRounds | AutoregressiveRounds | Di
     return Demand(rounds.columns, rounds.slots) if isinstance(rounds, RefusionRounds) else None
 
 
+@lru_cache(maxsize=1024)  # asked several times a request
 def seat_rows(slots: SlotSettings, width: int, candidates: int) -> int:
     """Rows of any forward of a seat at most, with so many lengths where that can be chosen."""
     return sliding_report.most_rows(slots, candidates) if slots.sliding else refusion_report.most_rows(slots, width, candidates)
