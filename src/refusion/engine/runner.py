@@ -114,6 +114,10 @@ class Runner:
         self.bias_banned = torch.zeros(config.vocab_size, device=self.device).index_fill_(0, banned_ids, -torch.inf)
         num_staged = (NUM_FIELDS + 3) * max_rows + 2 * max_seats  # every row may be a tile of its own
         self._prompt_staging = torch.zeros(num_staged, dtype=torch.int32, pin_memory=self.is_cuda)
+        self._prompt_host = self._prompt_staging.numpy()
+        # By prompt rows, seats and prompt tiles: `_blank_prompt`, and `_parts` of what is staged.
+        self._prompt_parts: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._places = np.arange(max_rows, dtype=np.int32)
         self._prompt_staged = torch.zeros(num_staged, dtype=torch.int32, device=self.device)
         self.runs_ahead = self.is_cuda
         """Whether a forward may be launched before the report of the last one is read, or before all that follows from it is done."""
@@ -260,22 +264,23 @@ class Runner:
     def _write_prompt(self, shape: Shape, prompt: PromptRows) -> None:
         """Leave the numbers of all prompt rows, the spans of the seats and the query tiles where the forward fetches them."""
         count, total = len(prompt.token_ids), shape.num_prompt_rows
-        fields, bounds, tiles = _parts(self._prompt_staging.numpy(), shape)
-        fields[:] = 0
-        fields[SEAT], fields[SEGMENT], fields[PARENT], fields[8:] = PADDING, PROMPT, -1, -1
-        fields[0, :count], fields[1, :count] = prompt.token_ids, prompt.positions
-        fields[8, :count], fields[9, :count] = np.arange(count), prompt.targets
-        bounds[:], tiles[:] = 0, 0
-        tiles[0] = PADDING
+        layout = total, shape.num_seats, shape.num_prompt_tiles
+        if layout not in self._prompt_parts:
+            self._prompt_parts[layout] = _blank_prompt(shape), *_parts(self._prompt_host, shape)
+        blank, fields, bounds, tiles = self._prompt_parts[layout]
+        self._prompt_host[: len(blank)] = blank
+        fields[0, :count], fields[1, :count], fields[9, :count] = prompt.token_ids, prompt.positions, prompt.targets
+        fields[8, :count] = self._places[:count]
         num_tiles = 0
         for seat, start, end in prompt.spans:
             fields[SEAT, start:end] = seat
-            fields[RANK, start:end] = np.arange(end - start)
-            bounds[:, seat] = start, end
+            fields[RANK, start:end] = self._places[: end - start]
+            bounds[0, seat], bounds[1, seat] = start, end
             first = np.arange(start, end, shape.block)
             mine = slice(num_tiles, num_tiles + len(first))
-            tiles[0, mine], tiles[1, mine], tiles[2, mine] = seat, first, np.minimum(first + shape.block, end)
+            tiles[0, mine], tiles[1, mine], tiles[2, mine] = seat, first, first + shape.block
             num_tiles += len(first)
+            tiles[2, num_tiles - 1] = end
         assert num_tiles <= shape.num_prompt_tiles <= total, f"{num_tiles} prompt tiles, but room for {shape.num_prompt_tiles}"
 
     def _fetch_prompt(self, lane: Lane, shape: Shape) -> None:
@@ -437,6 +442,15 @@ def fewest_rows(key: LaneKey, num_seats: int) -> int:
     """Decode rows of a forward with prompt rows, at least: fewer would only make more shapes."""
     assert key.slots is not None, "other lanes have a row for every seat"
     return max(num_seats // 4, 1) * key.slots.slot_size
+
+
+def _blank_prompt(shape: Shape) -> np.ndarray:
+    """What is staged of a forward's prompt rows if there are none."""
+    blank = np.zeros(NUM_FIELDS * shape.num_prompt_rows + 2 * shape.num_seats + 3 * shape.num_prompt_tiles, dtype=np.int32)
+    fields, _, tiles = _parts(blank, shape)
+    fields[SEAT], fields[SEGMENT], fields[PARENT], fields[8:] = PADDING, PROMPT, -1, -1
+    tiles[0] = PADDING
+    return blank
 
 
 def _parts(staging: Array, shape: Shape) -> tuple[Array, Array, Array]:
