@@ -53,6 +53,7 @@ __all__ = [
 DECODERS = ("refusion", "autoregressive", "auto", "masked_diffusion", "block_diffusion")
 DIFFUSION: dict[str, type[DiffusionParams]] = {"masked_diffusion": MaskedDiffusionParams, "block_diffusion": BlockDiffusionParams}
 """Decoders with settings of their own, and the class of these."""
+AS_RECOMMENDED = SlotParams()
 MOST_RESOLVED = 256
 """Slot settings that are kept resolved."""
 Prompt = str | list[int] | list[dict[str, str]]
@@ -241,7 +242,7 @@ class LLM:
         prompt_ids = self._encode(prompt, index)
         self._check_length(prompt_ids, index, sampling)
         params = self.resolve_diffusion(decoder, diffusion)
-        decoder, settings = self._decoder(decoder, slots or SlotParams())
+        decoder, settings = self._decoder(decoder, slots or AS_RECOMMENDED)
         new = NewRequest(
             prompt_ids=prompt_ids,
             sampling=sampling,
@@ -262,12 +263,13 @@ class LLM:
         Where it knows several slot sizes, block sizes and numbers of candidate lengths and all of these are left out, those are taken that
         the measured cost of forwards on this machine calls fastest (measuring takes seconds, once). Raises `ConfigError`.
         """
-        if slots not in self._resolved:
+        settings = self._resolved.get(slots)
+        if settings is None:
             if len(self._resolved) >= MOST_RESOLVED:
                 self._resolved.clear()
             is_open = all(getattr(slots, name) is None for name in SIZES)
-            self._resolved[slots] = slots.resolve(self._fastest if is_open and self._choices else self.recommended)
-        return self._resolved[slots]
+            settings = self._resolved[slots] = slots.resolve(self._fastest if is_open and self._choices else self.recommended)
+        return settings
 
     @cached_property
     def _fastest(self) -> dict[str, Any]:
@@ -360,8 +362,8 @@ class LLM:
         return self._encode(prompt, 0)
 
     def _encode(self, prompt: Prompt, index: int) -> list[int]:
-        if isinstance(prompt, list) and prompt and all(isinstance(item, int) for item in prompt):
-            ids = [int(item) for item in prompt]  # type: ignore[arg-type]  # every item is an int here
+        if isinstance(prompt, list) and prompt and all(issubclass(kind, int) for kind in set(map(type, prompt))):
+            ids: list[int] = list(map(int, prompt))  # type: ignore[arg-type]  # every item is an int here
         elif self.tokenizer is None:
             raise RequestError(f"prompt {index}: {self.path} has no tokenizer; give token ids")
         elif isinstance(prompt, str):

@@ -10,8 +10,8 @@ from engines import SLOTS, Plain, is_idle, new_request, run
 
 from refusion.decoding.params import SlotSettings
 from refusion.decoding.refusion_report import AGENDA, ReportColumns, rows_needed
-from refusion.decoding.rounds import NUM_ROWS
-from refusion.decoding.sliding_report import NUM_DRAFTED, NUM_KNOWN, final_columns, report_width
+from refusion.decoding.rounds import IS_DONE, NUM_ROWS
+from refusion.decoding.sliding_report import NUM_DRAFTED, NUM_KNOWN, PLANS, final_columns, report_width
 from refusion.decoding.state import DONE, INFILL, PLAN, REMASK, VERIFY
 from refusion.engine.auto import Auto
 from refusion.engine.candidates import Candidates
@@ -20,7 +20,7 @@ from refusion.engine.core import Engine
 from refusion.engine.costs import CostTable
 from refusion.engine.experience import Experience
 from refusion.engine.requests import Answer, lane_key
-from refusion.engine.sliding import SlidingDemand, SlidingExperience
+from refusion.engine.sliding import FEW, SlidingDemand, SlidingExperience
 
 FLAT = CostTable((1, 1000), (1.0, 1.0))
 STEEP = CostTable((1, 1000), (0.01, 10.0))  # every row costs the same
@@ -209,6 +209,24 @@ def test_rows_by_table_are_those_the_layout_needs(width: int, alternatives: int,
         needed = rows_needed(reports[:, columns.agenda : first + 2 * width], slots, min(candidates, 7))
         for size in (0, 1, 500):
             assert demand.total(reports[:size], candidates) == needed[:size].sum()
+
+
+@pytest.mark.parametrize("acceptance", ["exact", "argmax"])
+@pytest.mark.parametrize(("alternatives", "infill_length"), [(0, None), (2, None), (2, 3)])
+def test_rows_of_few_sliding_seats_are_looked_up_as_they_are_computed_for_many(
+    alternatives: int, infill_length: int | None, acceptance: Any
+) -> None:
+    draw = np.random.default_rng(0)
+    reports = draw.integers(-1, 9, (2000, report_width(8))).astype(np.int32)
+    reports[:, IS_DONE], reports[:, NUM_KNOWN] = draw.integers(0, 2, 2000), draw.integers(0, 3, 2000)
+    reports[:, NUM_DRAFTED], reports[:, PLANS] = draw.integers(0, 9, 2000), draw.integers(0, 3, 2000)
+    slots = SlotSettings(slot_size=8, acceptance=acceptance, alternatives=alternatives, infill_length=infill_length, sliding=True)
+    demand = SlidingDemand(slots)
+    for candidates in range(slots.candidates() + 2):
+        rows = demand.rows(reports, candidates)
+        assert [demand.total(reports[seat : seat + 1], candidates) for seat in range(2000)] == rows.tolist()
+        for size in range(2 * FEW):
+            assert demand.total(reports[:size], candidates) == rows[:size].sum()
 
 
 # ---- which decoder ----

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from engines import EXACT, SLIDING, SLOTS, Plain, check, is_idle, new_request, run
 
@@ -10,7 +12,7 @@ from refusion.decoding.events import Event
 from refusion.decoding.params import SlotSettings
 from refusion.engine.core import Engine
 from refusion.engine.costs import CostTable
-from refusion.engine.requests import Answer
+from refusion.engine.requests import GAP, Answer, final_tokens
 from refusion.errors import RequestError
 
 PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], [16, 17], [18], [7, 8, 9, 20, 21, 22, 23, 24, 25], [7, 8, 9, 20, 21, 22, 23, 24, 30]]
@@ -366,3 +368,18 @@ def test_without_any_memory_every_request_ends_with_the_setting_to_change(new_en
     assert {str(answer.error) for answer in answers} == {"out of memory in a forward; lower max_num_seqs"}
     assert is_idle(engine)
     assert answer_all(engine, PROMPTS[:1])[0].error is None
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_an_answer_is_what_stands_before_the_first_gap_through_the_first_end(seed: int) -> None:
+    draw = random.Random(seed)
+    written = [draw.choice([GAP, 1, 2, 3, 7, 7, 7, 7]) if draw.random() < 0.3 else 9 for _ in range(draw.randint(1, 40))]
+    new = new_request([7], [], eos_ids=tuple(draw.sample([1, 2, 3], draw.randint(1, 3))), max_tokens=draw.randint(1, 40))
+    expected: list[int] = []
+    for token in written[: new.sampling.max_tokens]:
+        if token == GAP:
+            break
+        expected.append(token)
+        if token in new.eos_ids:
+            break
+    assert final_tokens(np.array(written, dtype=np.int32), new) == expected

@@ -4,6 +4,7 @@ Each draw needs one uniform number, a hash of (seed, position, attempt): `attemp
 per infill turn), so fused and two-pass decoding use the same number for the same draft.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +29,9 @@ class Draw:
         return not isinstance(self.temperature, Tensor) and self.temperature == 0.0
 
 
-def cut_answer(token_ids: list[int], eos_ids: list[int], max_tokens: int) -> list[int]:
+def cut_answer(token_ids: list[int], eos_ids: Sequence[int], max_tokens: int) -> list[int]:
     """Tokens through the first EOS, at most `max_tokens`."""
-    ends = [place for place, token in enumerate(token_ids) if token in eos_ids]
-    return token_ids[: min([max_tokens, *(place + 1 for place in ends[:1])])]
+    return token_ids[: min([max_tokens, *(token_ids.index(token) + 1 for token in eos_ids if token in token_ids)])]
 
 
 def filtered_log_probs(logits: Tensor, draw: Draw) -> Tensor:

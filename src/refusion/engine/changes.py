@@ -79,10 +79,10 @@ class QueuedTable(SeatTable):
         self._place = torch.arange(num_columns, device=self.device)
 
     def write(self, seat: int, values: dict[str, int | list[int]]) -> None:
-        assert list(values) == list(self.columns)[: len(values)], f"{list(values)} are not the leading groups of {list(self.columns)}"
         line: list[int] = []
-        for name, value in values.items():
-            line += value if isinstance(value, list) else [value] * self.columns[name]
+        for (name, value), (expected, width) in zip(values.items(), self.columns.items(), strict=False):
+            assert name == expected, f"{list(values)} are not the leading groups of {list(self.columns)}"
+            line += value if isinstance(value, list) else [value] * width
         source, before = self._queue.get(seat, (seat, []))
         self._queue[seat] = source, line + before[len(line) :]
 
@@ -140,9 +140,9 @@ class SeatNumbers:
         """Bring all changes to the device. What was uploaded before must have arrived."""
         if not self.changed:
             return
-        seats, lines = list(self.changed), self._upload.lines[: len(self.changed)]
-        lines[:, 0], lines[:, 1], lines[:, 2:] = seats, self.cached[seats], self.page_table[seats]
-        self._upload.send(len(seats), self._put)
+        for line, seat in zip(self._upload.lines, self.changed, strict=False):
+            line[0], line[1], line[2:] = seat, self.cached[seat], self.page_table[seat]
+        self._upload.send(len(self.changed), self._put)
         self.changed.clear()
 
     def warm(self) -> None:

@@ -50,7 +50,7 @@ def num_committed(rounds: AnyRounds, report: np.ndarray) -> np.ndarray:
 def commits(rounds: AnyRounds, report: np.ndarray, took_part: np.ndarray) -> Commits:
     """Final tokens of a report [B, R]; took_part [B] bool."""
     overflow = report[took_part, OVERFLOW]
-    assert not overflow.any(), f"{overflow.max()} rows of a seat did not fit into its forward"
+    assert not np.count_nonzero(overflow), f"{overflow.max()} rows of a seat did not fit into its forward"
     if isinstance(rounds, AutoregressiveRounds):
         seat = ((report[:, NUM_COMMON] != 0) & took_part).nonzero()[0]
         return Commits(seat, report[seat, NUM_FORWARDS] - 1, report[seat, NUM_COMMON + 1])

@@ -135,27 +135,28 @@ class Engine:
         if after is None:
             return None, pending.wait()
         num_rows = scheduler.rows_ahead(after)
-        following = None if num_rows is None else self._launch_behind(replace(after, num_rows=num_rows))
+        following = None if num_rows is None else self._launch_behind(after, num_rows, after.candidates, after.leads)
         report = pending.wait()
         if following is None and (rows := scheduler.rows_behind(after, report)) is not None:
             candidates, num_rows, leads = rows
-            following = self._launch_behind(replace(after, candidates=candidates, num_rows=num_rows, leads=leads))
+            following = self._launch_behind(after, num_rows, candidates, leads)
         if following is None and after.brings:
             scheduler.unjoin(after)
         return following, report
 
-    def _launch_behind(self, forward: Forward) -> tuple[Forward, Pending] | None:
-        """Launch a forward while, or right after, another one is under way; None if its shape is not ready."""
+    def _launch_behind(self, after: Forward, num_rows: int, candidates: int, leads: bool) -> tuple[Forward, Pending] | None:
+        """Launch `after`, with rows of its own, while or right after another one is under way; None if its shape is not ready."""
         pending = self.runner.launch_again(
-            forward.seats.lane,
-            num_seats=forward.num_seats,
-            num_rows=forward.num_rows,
-            prompt=forward.prompt,
-            candidates=forward.candidates,
-            uploads=forward.brings,
+            after.seats.lane,
+            num_seats=after.num_seats,
+            num_rows=num_rows,
+            prompt=after.prompt,
+            candidates=candidates,
+            uploads=after.brings,
         )
         if pending is None:
             return None
+        forward = replace(after, num_rows=num_rows, candidates=candidates, leads=leads)
         self.scheduler.launched(forward)
         return forward, pending
 
@@ -163,9 +164,7 @@ class Engine:
         """Take from a report what the next forward depends on."""
         glance = forward.seats.glance(report)
         is_told = glance.is_done | (forward.seats.has_listeners[: len(glance.requests)] & glance.took_part)
-        told: list[int] = []
-        if is_told.any():
-            told = [seat for seat in np.flatnonzero(is_told).tolist() if glance.requests[seat].state is not State.FINISHED]
+        told = [seat for seat in is_told.nonzero()[0].tolist() if glance.requests[seat].state is not State.FINISHED]
         self._unbooked = glance, told  # before anybody is removed: what is interrupted from here on is still told by `reset`
         for seat in told:
             if glance.is_done[seat]:

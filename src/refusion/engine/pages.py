@@ -10,6 +10,8 @@ class PagePool:
         self.num_pages = num_pages
         self.num_free = num_pages
         self._references = np.zeros(num_pages, dtype=np.int32)
+        self._counts = self._references.data
+        """The same numbers; one at a time they are several times as fast so."""
         self._next = 0  # behind the pages given out last; free, if nothing has been given back below
 
     def allocate(self, count: int, after: int = -1) -> list[int]:
@@ -20,7 +22,8 @@ class PagePool:
         if not pages and count:
             free = np.flatnonzero(self._references == 0)
             pages = free[_first_run(free, count) :][:count].tolist()
-        self._references[pages] = 1
+        for page in pages:
+            self._counts[page] = 1
         self.num_free -= count
         if pages:
             self._next = pages[-1] + 1
@@ -28,23 +31,25 @@ class PagePool:
 
     def share(self, pages: list[int]) -> None:
         """One more reference to each of these pages, which are in use."""
-        assert self._references[pages].all(), "a free page cannot be shared"
-        self._references[pages] += 1
+        for page in pages:
+            assert self._counts[page], f"page {page} is free and cannot be shared"
+            self._counts[page] += 1
 
     def release(self, pages: list[int]) -> None:
         """One reference less to each of these pages."""
-        assert self._references[pages].all(), "a free page cannot be released"
-        self._references[pages] -= 1
-        self.num_free += int((self._references[pages] == 0).sum())
+        for page in pages:
+            assert self._counts[page], f"page {page} is free and cannot be released"
+            self._counts[page] -= 1
+            self.num_free += self._counts[page] == 0
 
     def num_references(self, page: int) -> int:
         """How many hold on to this page."""
-        return int(self._references[page])
+        return self._counts[page]
 
     def _neighbours(self, first: int, count: int) -> list[int]:
         """The pages from `first` on, or none if one of them is taken."""
-        run = self._references[first : first + count]
-        return list(range(first, first + count)) if len(run) == count and not run.any() else []
+        run = self._counts[first : first + count]
+        return list(range(first, first + count)) if len(run) == count and not any(run) else []
 
 
 def _first_run(free: np.ndarray, count: int) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -37,15 +38,16 @@ def pieces_of(requests: Sequence[Request], most_rows: int, *, whole_rows: int = 
 def prompt_rows(pieces: Sequence[Piece], page_size: int) -> PromptRows:
     """The rows of these pieces, seat by seat."""
     pieces = sorted(pieces, key=lambda piece: piece.request.seat)
-    positions = np.concatenate([np.arange(piece.first, piece.end, dtype=np.int32) for piece in pieces])
-    pages = np.concatenate(
-        [np.array(piece.request.pages, dtype=np.int32)[np.arange(piece.first, piece.end) // page_size] for piece in pieces]
-    )
-    ends = np.cumsum([piece.end - piece.first for piece in pieces]).tolist()
-    starts = [0, *ends[:-1]]
+    positions = [np.arange(piece.first, piece.end, dtype=np.int32) for piece in pieces]
+    ends = list(accumulate(map(len, positions)))
     return PromptRows(
         token_ids=np.concatenate([piece.request.prompt_ids[piece.first : piece.end] for piece in pieces]),
-        positions=positions,
-        targets=pages * page_size + positions % page_size,
-        spans=[(piece.request.seat, start, end) for piece, start, end in zip(pieces, starts, ends, strict=True)],
+        positions=np.concatenate(positions),
+        targets=np.concatenate([_cache_rows(piece, mine, page_size) for piece, mine in zip(pieces, positions, strict=True)]),
+        spans=[(piece.request.seat, end - len(mine), end) for piece, mine, end in zip(pieces, positions, ends, strict=True)],
     )
+
+
+def _cache_rows(piece: Piece, positions: np.ndarray, page_size: int) -> np.ndarray:
+    pages = np.array(piece.request.pages, dtype=np.int32)
+    return pages[positions // page_size] * page_size + positions % page_size

@@ -217,6 +217,6 @@ def diffusion_rows(new: NewRequest, key: LaneKey, prefill_rows: int) -> int:
 
 def final_tokens(written: np.ndarray, new: NewRequest) -> list[int]:
     """The answer as far as it is certain: from its beginning to the first gap, the first EOS or max_tokens."""
-    gaps = np.flatnonzero(written == GAP)
-    tokens: list[int] = written[: gaps[0] if len(gaps) else len(written)].tolist()
-    return cut_answer(tokens, list(new.eos_ids), new.sampling.max_tokens)
+    first = (written == GAP).argmax()  # 0 where there is none
+    tokens: list[int] = (written[:first] if written[first] == GAP else written).tolist()
+    return cut_answer(tokens, new.eos_ids, new.sampling.max_tokens)

@@ -114,6 +114,10 @@ class Runner:
         self.bias_banned = torch.zeros(config.vocab_size, device=self.device).index_fill_(0, banned_ids, -torch.inf)
         num_staged = (NUM_FIELDS + 3) * max_rows + 2 * max_seats  # every row may be a tile of its own
         self._prompt_staging = torch.zeros(num_staged, dtype=torch.int32, pin_memory=self.is_cuda)
+        self._prompt_host = self._prompt_staging.numpy()
+        # By prompt rows, seats and prompt tiles: `_blank_prompt`, and `_parts` of what is staged.
+        self._prompt_parts: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._places = np.arange(max_rows, dtype=np.int32)
         self._prompt_staged = torch.zeros(num_staged, dtype=torch.int32, device=self.device)
         self.runs_ahead = self.is_cuda
         """Whether a forward may be launched before the report of the last one is read, or before all that follows from it is done."""
@@ -221,9 +225,9 @@ class Runner:
                 self._forward(lane, shape, network)
 
     def synchronize(self) -> None:
-        """Wait for everything that was launched."""
+        """Wait for everything that was launched: all of it on the stream in use, and waiting for the whole device takes longer."""
         if self.is_cuda:
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device.index).synchronize()
 
     def swap_out(self, pages: list[int]) -> HostPages:
         """Copies of pages in host memory."""
@@ -263,22 +267,23 @@ class Runner:
     def _write_prompt(self, shape: Shape, prompt: PromptRows) -> None:
         """Leave the numbers of all prompt rows, the spans of the seats and the query tiles where the forward fetches them."""
         count, total = len(prompt.token_ids), shape.num_prompt_rows
-        fields, bounds, tiles = _parts(self._prompt_staging.numpy(), shape)
-        fields[:] = 0
-        fields[SEAT], fields[SEGMENT], fields[PARENT], fields[8:] = PADDING, PROMPT, -1, -1
-        fields[0, :count], fields[1, :count] = prompt.token_ids, prompt.positions
-        fields[8, :count], fields[9, :count] = np.arange(count), prompt.targets
-        bounds[:], tiles[:] = 0, 0
-        tiles[0] = PADDING
+        layout = total, shape.num_seats, shape.num_prompt_tiles
+        if layout not in self._prompt_parts:
+            self._prompt_parts[layout] = _blank_prompt(shape), *_parts(self._prompt_host, shape)
+        blank, fields, bounds, tiles = self._prompt_parts[layout]
+        self._prompt_host[: len(blank)] = blank
+        fields[0, :count], fields[1, :count], fields[9, :count] = prompt.token_ids, prompt.positions, prompt.targets
+        fields[8, :count] = self._places[:count]
         num_tiles = 0
         for seat, start, end in prompt.spans:
             fields[SEAT, start:end] = seat
-            fields[RANK, start:end] = np.arange(end - start)
-            bounds[:, seat] = start, end
+            fields[RANK, start:end] = self._places[: end - start]
+            bounds[0, seat], bounds[1, seat] = start, end
             first = np.arange(start, end, shape.block)
             mine = slice(num_tiles, num_tiles + len(first))
-            tiles[0, mine], tiles[1, mine], tiles[2, mine] = seat, first, np.minimum(first + shape.block, end)
+            tiles[0, mine], tiles[1, mine], tiles[2, mine] = seat, first, first + shape.block
             num_tiles += len(first)
+            tiles[2, num_tiles - 1] = end
         assert num_tiles <= shape.num_prompt_tiles <= total, f"{num_tiles} prompt tiles, but room for {shape.num_prompt_tiles}"
 
     def _fetch_prompt(self, lane: Lane, shape: Shape) -> None:
@@ -296,7 +301,8 @@ class Runner:
         if not self.is_cuda:
             self._forward(lane, shape)
             return Pending(lane.copy_report(shape.num_seats), None)
-        started = self._mark()
+        stream = torch.cuda.current_stream(self.device.index)  # left to themselves, events ask for the device first, each time
+        started = self._mark(stream)
         captured = lane.captured.get(shape)
         if captured is not None and captured.graph is not None:
             captured.graph.replay()
@@ -304,16 +310,16 @@ class Runner:
             self._run_first(lane, shape, captured)
         report = lane.copy_report(shape.num_seats)
         done = torch.cuda.Event(enable_timing=self.timings is not None)
-        done.record()
+        done.record(stream)
         if self.timings is not None and started is not None:
             self.timings.append((started, done))
         return Pending(report, done)
 
-    def _mark(self) -> "torch.cuda.Event | None":
+    def _mark(self, stream: "torch.cuda.Stream") -> "torch.cuda.Event | None":
         if self.timings is None:
             return None
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(stream)
         return event
 
     def _run_first(self, lane: Lane, shape: Shape, captured: Captured | None) -> None:
@@ -425,7 +431,7 @@ class Runner:
 
 def _longest(lane: Lane, num_seats: int) -> int:
     """Committed tokens of the longest context."""
-    return int(lane.cached_host[:num_seats].max())
+    return max(lane.cached_host[:num_seats].tolist())
 
 
 def _num_kept(lane: Lane, shape: Shape) -> int:
@@ -439,6 +445,15 @@ def fewest_rows(key: LaneKey, num_seats: int) -> int:
     """Decode rows of a forward with prompt rows, at least: fewer would only make more shapes."""
     assert key.slots is not None, "other lanes have a row for every seat"
     return max(num_seats // 4, 1) * key.slots.slot_size
+
+
+def _blank_prompt(shape: Shape) -> np.ndarray:
+    """What is staged of a forward's prompt rows if there are none."""
+    blank = np.zeros(NUM_FIELDS * shape.num_prompt_rows + 2 * shape.num_seats + 3 * shape.num_prompt_tiles, dtype=np.int32)
+    fields, _, tiles = _parts(blank, shape)
+    fields[SEAT], fields[SEGMENT], fields[PARENT], fields[8:] = PADDING, PROMPT, -1, -1
+    tiles[0] = PADDING
+    return blank
 
 
 def _parts(staging: Array, shape: Shape) -> tuple[Array, Array, Array]:

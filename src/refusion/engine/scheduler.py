@@ -280,11 +280,12 @@ class Scheduler:
         self._lane(request.key).wait(request)
 
     def _lane(self, key: LaneKey) -> Seats:
-        if key not in self.lanes:
+        seats = self.lanes.get(key)
+        if seats is None:
             self._drop_idle_lanes()
             experience = None if key.slots is None else self.candidates.experience(key.slots, key.width)
-            self.lanes[key] = Seats(key, self.runner.new_lane(key), max(self._seats_that_fit(key), 1), experience)
-        return self.lanes[key]
+            seats = self.lanes[key] = Seats(key, self.runner.new_lane(key), max(self._seats_that_fit(key), 1), experience)
+        return seats
 
     def _drop_idle_lanes(self) -> None:
         idle = [seats for seats in self.lanes.values() if not seats.has_work]
@@ -461,10 +462,10 @@ class Scheduler:
 
     def _prefill(self, seats: Seats) -> list[Piece]:
         """The prompt tokens of the forward; those whose prompt is whole by then take part."""
-        most = self.limits.prompt_rows
-        pieces = list(pieces_of(seats.prefilling(), most, whole_rows=most if self.batch_invariant else 1))
+        most, prefilling = self.limits.prompt_rows, seats.prefilling()
+        pieces = list(pieces_of(prefilling, most, whole_rows=most if self.batch_invariant else 1))
         to_come = {piece.request: piece.end for piece in pieces}
-        for request in seats.prefilling():
+        for request in prefilling:
             if to_come.get(request, request.num_prefilled) == len(request.prefill_ids):
                 seats.begin(request)
         return pieces

@@ -103,7 +103,7 @@ class Seats:
 
     def prefilling(self) -> list[Request]:
         """Requests on seats whose prompt is not whole yet, by seat."""
-        seats = np.flatnonzero(~self.is_decoding[: len(self.requests)]).tolist()
+        seats = (~self.is_decoding[: len(self.requests)]).nonzero()[0].tolist()
         return [request for seat in seats if (request := self.requests[seat]).state is State.PREFILLING]
 
     def has_rows_for(self, request: Request, most: int) -> bool:
@@ -202,10 +202,10 @@ class Seats:
 
     def short_of_pages(self) -> list[Request]:
         """Requests whose pages may not hold what the forward to come commits, oldest first."""
-        is_short = self._is_short(self.most_committed)
-        if not is_short.any():
+        if not self.requests:
             return []
-        return sorted((self.requests[seat] for seat in np.flatnonzero(is_short)), key=lambda request: request.arrival)
+        seats = self._is_short(self.most_committed).nonzero()[0].tolist()
+        return sorted((self.requests[seat] for seat in seats), key=lambda request: request.arrival)
 
     def wanted(self, seat: int) -> int:
         """Tokens the cache of a seat must hold after the forward to come."""
@@ -214,8 +214,7 @@ class Seats:
 
     def can_go_on(self) -> bool:
         """The forward after the one under way needs nothing but rows: no prompt, and no pages whatever both of them write."""
-        is_whole = self.is_decoding[: len(self.requests)].all() or not self.prefilling()
-        return bool(is_whole) and not self._is_short(2 * self.most_committed).any()
+        return not self.prefilling() and not np.count_nonzero(self._is_short(2 * self.most_committed))
 
     def rows_ahead(self, num_rows: int, candidates: int) -> int | None:
         """Rows that hold the forward after the one under way, which has `num_rows`, whatever that brings; None if nobody may be left.
@@ -242,10 +241,9 @@ class Seats:
         Those who sit `can_go_on`.
         """
         count, took_part = len(self._took_part[0]), self._took_part[0]
-        is_fresh = self.is_fresh[: len(self.requests)].any()
-        goes_on = took_part & self.is_decoding[:count] & (report[:count, IS_DONE] == 0)
-        if not is_fresh:
-            return report[:count] if goes_on.any() else None
+        if not np.count_nonzero(self.is_fresh[: len(self.requests)]):  # several times as fast as `any`, as long as seats are few
+            goes_on = took_part & self.is_decoding[:count] & (report[:count, IS_DONE] == 0)
+            return report[:count] if np.count_nonzero(goes_on) else None
         reports = self.reports[: len(self.requests)].copy()
         reports[:count][took_part] = report[:count][took_part]
         return reports
@@ -272,19 +270,20 @@ class Seats:
         before = self.reports[:count].copy()
         new = num_committed(self.lane.rounds, report)
         is_done = took_part & (report[:, IS_DONE] != 0)
-        if took_part.all():
+        if np.count_nonzero(took_part) == count:
             self.reports[:count] = report
         else:
             self.reports[:count][took_part] = report[took_part]
             new = new * took_part
         if isinstance(self.lane.rounds, DiffusionRounds | SlidingRounds):  # both say it in the same column
-            self.cached[:count] = np.where(took_part, report[:, CACHED], self.cached[:count])
+            np.copyto(self.cached[:count], report[:, CACHED], where=took_part)
         else:
             self.cached[:count] += new
         self.num_missing[:count] -= new
         self.is_decoding[:count] &= ~is_done
+        num_tokens = sum(new.tolist())
         self._unbooked = Glance(
-            self, time.perf_counter(), self.requests[:count], self.line[:count].copy(), took_part, is_done, before, report, int(new.sum())
+            self, time.perf_counter(), self.requests[:count], self.line[:count].copy(), took_part, is_done, before, report, num_tokens
         )
         return self._unbooked
 

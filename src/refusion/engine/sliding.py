@@ -4,6 +4,8 @@ Where acceptance is exact, the lengths that a forward prepares for change no tok
 does for other slots. Elsewhere the settings alone say how many there are.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 from refusion.decoding import refusion_report, sliding_report
@@ -20,6 +22,7 @@ from refusion.decoding.sliding_report import (
     PLANS,
     SHORT,
     WHOLE,
+    WHOLE_BEHIND_FAILURE,
     final_columns,
     most_next,
     most_rows,
@@ -37,6 +40,10 @@ SHARE_MORE = 0.5
 """Share of the failures behind one accepted length that are expected to come behind a longer one; and so on."""
 SHARE_HIT = 0.4
 """Share of the failures where a runner-up is expected to be right, if it is tried."""
+FEW = 16
+"""Rows of up to so many seats are looked up one by one, which is then faster than operations on arrays."""
+MOST_KNOWN = 2
+"""Tokens of a chain that are final already, at most: what stood in for a draft, and what is known behind a runner-up."""
 
 
 class SlidingDemand:
@@ -44,9 +51,11 @@ class SlidingDemand:
 
     def __init__(self, slots: SlotSettings) -> None:
         self.slots = slots
+        self._tables: dict[int, list[list[list[int]]]] = {}  # candidates -> rows by known, drafted and plan
 
     def open(self, line: np.ndarray, max_tokens: int) -> None:
-        line[[IS_DONE, NUM_KNOWN, NUM_DRAFTED, PLANS, HAS_END]] = 0, 0, 0, WHOLE, 0
+        line[IS_DONE] = line[NUM_KNOWN] = line[NUM_DRAFTED] = line[HAS_END] = 0
+        line[PLANS] = WHOLE
 
     def close(self, line: np.ndarray) -> None:
         line[IS_DONE] = 1
@@ -60,7 +69,18 @@ class SlidingDemand:
         return rows * (1 - reports[:, IS_DONE])
 
     def total(self, reports: np.ndarray, candidates: int) -> int:
-        return int(self.rows(reports, candidates).sum())
+        if len(reports) > FEW:
+            return int(self.rows(reports, candidates).sum())
+        rows = self._tables.get(candidates)
+        if rows is None:
+            rows = self._tables[candidates] = self._table(candidates)
+        lines: list[list[int]] = reports[:, : PLANS + 1].tolist()  # numbers on the host
+        return sum(rows[line[NUM_KNOWN]][line[NUM_DRAFTED]][line[PLANS]] for line in lines if not line[IS_DONE])
+
+    def _table(self, candidates: int) -> list[list[list[int]]]:
+        """`rows` of all that a seat can be asked for."""
+        known, drafted, plans = np.ogrid[: MOST_KNOWN + 1, : self.slots.slot_size + 1, : WHOLE_BEHIND_FAILURE + 1]
+        return rows_needed(known, drafted, plans, self.slots, candidates).tolist()
 
     def most_next(self, reports: np.ndarray, candidates: int) -> int:
         return int(most_next(reports[:, NUM_DRAFTED], reports[:, PLANS], self.slots, candidates).sum())
@@ -160,6 +180,7 @@ def demand_of(rounds: RefusionRounds | SlidingRounds | AutoregressiveRounds | Di
     return Demand(rounds.columns, rounds.slots) if isinstance(rounds, RefusionRounds) else None
 
 
+@lru_cache(maxsize=1024)  # asked several times a request
 def seat_rows(slots: SlotSettings, width: int, candidates: int) -> int:
     """Rows of any forward of a seat at most, with so many lengths where that can be chosen."""
     return sliding_report.most_rows(slots, candidates) if slots.sliding else refusion_report.most_rows(slots, width, candidates)
