@@ -24,8 +24,8 @@ from refusion.model.rows import Rows, Spans, Tiles
 
 MERGED_LANES = 8
 """Query rows that a program of the merging kernel has: few, so that there are many programs."""
-MERGED_PARTS = 8
-"""Parts whose loads it has in flight."""
+MERGED_PARTS = 6
+"""Parts that it takes at a time: what most contexts have. Loads that are masked cost their instructions."""
 
 
 class Workspace:
