@@ -23,7 +23,7 @@ SHARE_COMPLETED = 0.1
 """Share of the judged slots that are expected to be completed at first."""
 SHARE_JUDGED = 0.95
 """Share of the forwards that are expected to judge drafts at first; the others only plan."""
-FIRST_WEIGHT = 100.0
+FIRST_WEIGHT = 50.0
 """What is expected before any experience weighs as much as so many forwards of one request."""
 LAST_WEIGHT = 2000.0
 """Experience older than about so many forwards of one request fades."""
