@@ -65,6 +65,12 @@ def whole(figure: Any) -> str:
     return shown(figure, ",.0f")
 
 
+def milliseconds(figure: Any) -> str:
+    """Of seconds, in two or more digits."""
+    value = value_of(figure)
+    return shown(figure, ".1f" if value is not None and value < 0.01 else ",.0f", 1000)
+
+
 def gigabytes(figure: Any) -> str:
     return shown(figure, ".1f", 1e-9)
 

@@ -19,7 +19,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import comparison_tables
-from table_forms import Source, gigabytes, hundredth_percent, interval, lines_of, one, percent, plain, rows, three, times, two, whole
+from table_forms import (
+    Source,
+    gigabytes,
+    hundredth_percent,
+    interval,
+    lines_of,
+    milliseconds,
+    one,
+    percent,
+    plain,
+    rows,
+    three,
+    times,
+    two,
+    whole,
+)
 
 from refusion.errors import DataError, RefusionError
 from refusion.evaluation.results import read_result
@@ -133,10 +148,10 @@ def forward(sources: Sequence[Source]) -> list[str]:
 
 
 def serving(sources: Sequence[Source]) -> list[str]:
-    head = ["", "tokens/s", "tokens per forward", "GPU ms per forward", "host share", "first token, ms", "p50 latency, s", "p99"]
+    head = ["", "tokens/s", "tokens per forward", "GPU ms per forward", "host share", "first token, ms", "p50 latency, ms", "p99"]
     names = ["tokens_per_second", "tokens_per_forward", "device_ms_per_forward", "host_share"]
     names += ["first_token_ms_p50", "latency_seconds_p50", "latency_seconds_p99"]
-    forms = [whole, two, two, percent, one, two, two]
+    forms = [whole, two, two, percent, one, milliseconds, milliseconds]
     chosen = [line for line in lines_of(sources) if names[0] in line.figures]
     return rows(head, [[line.title, *(form(line.figures.get(n)) for n, form in zip(names, forms, strict=True))] for line in chosen])
 

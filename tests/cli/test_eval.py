@@ -182,3 +182,4 @@ def test_an_interrupted_run_says_how_to_go_on(run_cli: RunCli, arguments: list[s
     found = run_cli(*arguments, "--tasks", "gsm8k")
     assert found.code == 130
     assert "--resume" in found.err
+    assert "before the first answer" in found.err  # there is no log to name yet

@@ -114,7 +114,8 @@ def _interruptible(samples: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        typer.echo(f"stopped; the answers so far are in {samples}: run the same command with --resume to go on", err=True)
+        kept = f"the answers so far are in {samples}: " if any(samples.glob("*.jsonl")) else "before the first answer: "
+        typer.echo(f"stopped; {kept}run the same command with --resume to go on", err=True)
         raise typer.Exit(130) from error
 
 
