@@ -149,6 +149,18 @@ def test_long_contexts_are_shared_by_more_programs_but_never_more_than_the_works
     assert num_more
 
 
+@pytest.mark.parametrize(("limit", "waiting", "most_rows"), [(99 * 1024, 1, 128), (227 * 1024, 0, 256)])
+def test_queries_and_the_columns_in_flight_fit_into_shared_memory(limit: int, waiting: int, most_rows: int) -> None:
+    """Of the smallest cards, where the stage that is multiplied lies in registers, and of Hopper, where all of them lie there."""
+    for tile_rows in (16, 32, 64, 128, 256):
+        for head_dim in (64, 128):
+            for num_tiles in (1, 4, 12, 40):
+                for is_long in (False, True):
+                    config = choose_config(num_tiles, 8, tile_rows, head_dim, torch.bfloat16, 264, is_long)
+                    numbers = tile_rows + 2 * config.columns * (config.num_stages - waiting)
+                    assert tile_rows > most_rows or 2 * head_dim * numbers <= limit, f"{config} with {tile_rows} x {head_dim}"
+
+
 def test_the_parts_of_a_long_context_may_fill_the_workspace() -> None:
     forward = forward_of([Seat(700, 0, CHAIN + PLAN)], head_dim=128, num_kv_heads=1).to(DEVICE)
     tiles = plain_tiles(forward.spans, 4, 2, is_long=True)

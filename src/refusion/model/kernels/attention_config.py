@@ -72,8 +72,8 @@ def _chosen(splits: int, tile_rows: int, head_dim: int, dtype: torch.dtype, is_l
     num_warps = 4 if tile_rows <= 64 else 8
     new_columns = 16 if tile_rows <= 16 else 32 if splits > 1 else 64  # tiles that small are those of seats with a row or few
     columns, num_stages = 128, 2 if tile_rows <= 64 else 3
-    if head_dim > NARROW_HEAD and tile_rows >= 64 and (is_long or splits == 1):
-        columns, num_stages = 64, 3  # leaves room for a second program where there is one
+    if head_dim > NARROW_HEAD and (tile_rows > 64 or (tile_rows == 64 and (is_long or splits == 1))):
+        columns, num_stages = 64, 3  # leaves room for a second program where there is one; larger tiles would fill a small card alone
     return Config(splits, columns, new_columns, num_warps, num_stages, is_long=is_long)
 
 
