@@ -19,7 +19,7 @@ from refusion.engine.costs import CostTable
 from refusion.engine.network import FlatNetwork
 from refusion.engine.ops import LARGEST_TILE, PlainOps
 from refusion.engine.requests import Answer, lane_key
-from refusion.engine.runner import PromptRows
+from refusion.engine.runner import MOST_LAYOUTS, NO_PROMPT, PromptRows
 from refusion.engine.scheduler import MOST_PASSED
 from refusion.engine.shapes import LONG_CONTEXT, PROMPT_ROWS, ROWS, SEATS, Shape, power_of_two, row_bucket, tile_rows
 from refusion.engine.warm_up import Expected, wanted_shapes
@@ -331,8 +331,12 @@ def test_prompt_rows_arrive_with_their_spans_and_tiles(new_engine: NewEngine) ->
     shape = Shape(4, 64, 32, 1, 16)
     tokens = np.arange(100, 145, dtype=np.int32)
     positions = np.concatenate((np.arange(3, 8), np.arange(40))).astype(np.int32)
-    for _ in range(2):  # the second time over the traces of the first
-        runner._write_prompt(shape, PromptRows(tokens, positions, tokens + 1000, [(1, 0, 5), (2, 5, 45)]))
+    longer = np.arange(64, dtype=np.int32)
+    for prompt in (  # the second one over the traces of the first
+        PromptRows(longer, longer, longer, [(0, 0, 20), (1, 20, 30), (3, 30, 64)]),
+        PromptRows(tokens, positions, tokens + 1000, [(1, 0, 5), (2, 5, 45)]),
+    ):
+        runner._write_prompt(shape, prompt)
         runner._fetch_prompt(lane, shape)
     rows = runner.rows.narrow(0, 64)
     assert rows.token_ids.tolist() == [*tokens, *[0] * 19]
@@ -351,6 +355,13 @@ def test_prompt_rows_arrive_with_their_spans_and_tiles(new_engine: NewEngine) ->
     for name in ("seat", "first", "end"):
         assert getattr(tiles, name)[: shape.num_prompt_tiles].tolist() == getattr(plain, name).tolist()
     assert set(tiles.seat[shape.num_prompt_tiles :].tolist()) == {-1}
+
+
+def test_what_is_prepared_for_prompts_stays_small_however_many_lengths_they_have(new_engine: NewEngine) -> None:
+    runner = new_engine().runner
+    for num_rows in range(1, 2 * MOST_LAYOUTS):
+        runner._write_prompt(Shape(1, num_rows, 1, 0, 16), NO_PROMPT)
+        assert len(runner._prompt_parts) <= MOST_LAYOUTS
 
 
 # ---- weights in 8 bits ----
