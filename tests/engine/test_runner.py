@@ -58,6 +58,15 @@ def test_changes_wait_and_are_applied_as_if_one_by_one() -> None:
     assert queued.values[3, 0] == 7
 
 
+@pytest.mark.parametrize("values", [{"seed": 1}, {"prompt_length": 1, "max_tokens": 2}, "one too many"])
+def test_only_leading_groups_of_a_seat_can_be_changed(values: dict[str, int | list[int]] | str) -> None:
+    queued, _ = table()
+    with pytest.raises(AssertionError, match="groups"):
+        queued.write(0, values if isinstance(values, dict) else dict.fromkeys([*queued.columns, values], 0))
+    queued.apply()
+    assert queued.values[0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_seats_can_be_exchanged_saved_and_restored() -> None:
     queued, _ = table()
     saved = queued.snapshot(1)
