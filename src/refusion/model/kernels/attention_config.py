@@ -8,7 +8,7 @@ import torch
 # Q = block * G: query rows of a tile, padded; D = head dimension
 
 INVARIANT_SPLITS = 4  # enough for some thousand cached tokens; the workspace of a large batch grows with it
-MAX_SPLITS = 32  # more parts than this cost the merging program more than their readers save
+MAX_SPLITS = 32  # more parts than this cost the merging programs more than their readers save
 NARROW_HEAD = 64
 """Heads of at most so many numbers are cut as an H100's sweep said (results/attention-*-h100.json), wider ones as an H200's."""
 PROGRAMS = 2
