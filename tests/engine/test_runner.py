@@ -19,7 +19,7 @@ from refusion.engine.costs import CostTable
 from refusion.engine.network import FlatNetwork
 from refusion.engine.ops import LARGEST_TILE, PlainOps
 from refusion.engine.requests import Answer, lane_key
-from refusion.engine.runner import PromptRows
+from refusion.engine.runner import MOST_LAYOUTS, NO_PROMPT, PromptRows
 from refusion.engine.scheduler import MOST_PASSED
 from refusion.engine.shapes import LONG_CONTEXT, PROMPT_ROWS, ROWS, SEATS, Shape, power_of_two, row_bucket, tile_rows
 from refusion.engine.warm_up import Expected, wanted_shapes
@@ -56,6 +56,15 @@ def test_changes_wait_and_are_applied_as_if_one_by_one() -> None:
     assert queued.values.tolist() == [[18, 19, 20, 21, 22, 23], admitted, [8, 9, *admitted[2:]], [7, 19, 20, 21, 22, 23]]
     queued.apply()  # nothing is left
     assert queued.values[3, 0] == 7
+
+
+@pytest.mark.parametrize("values", [{"seed": 1}, {"prompt_length": 1, "max_tokens": 2}, "one too many"])
+def test_only_leading_groups_of_a_seat_can_be_changed(values: dict[str, int | list[int]] | str) -> None:
+    queued, _ = table()
+    with pytest.raises(AssertionError, match="groups"):
+        queued.write(0, values if isinstance(values, dict) else dict.fromkeys([*queued.columns, values], 0))
+    queued.apply()
+    assert queued.values[0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_seats_can_be_exchanged_saved_and_restored() -> None:
@@ -331,8 +340,12 @@ def test_prompt_rows_arrive_with_their_spans_and_tiles(new_engine: NewEngine) ->
     shape = Shape(4, 64, 32, 1, 16)
     tokens = np.arange(100, 145, dtype=np.int32)
     positions = np.concatenate((np.arange(3, 8), np.arange(40))).astype(np.int32)
-    for _ in range(2):  # the second time over the traces of the first
-        runner._write_prompt(shape, PromptRows(tokens, positions, tokens + 1000, [(1, 0, 5), (2, 5, 45)]))
+    longer = np.arange(64, dtype=np.int32)
+    for prompt in (  # the second one over the traces of the first
+        PromptRows(longer, longer, longer, [(0, 0, 20), (1, 20, 30), (3, 30, 64)]),
+        PromptRows(tokens, positions, tokens + 1000, [(1, 0, 5), (2, 5, 45)]),
+    ):
+        runner._write_prompt(shape, prompt)
         runner._fetch_prompt(lane, shape)
     rows = runner.rows.narrow(0, 64)
     assert rows.token_ids.tolist() == [*tokens, *[0] * 19]
@@ -351,6 +364,13 @@ def test_prompt_rows_arrive_with_their_spans_and_tiles(new_engine: NewEngine) ->
     for name in ("seat", "first", "end"):
         assert getattr(tiles, name)[: shape.num_prompt_tiles].tolist() == getattr(plain, name).tolist()
     assert set(tiles.seat[shape.num_prompt_tiles :].tolist()) == {-1}
+
+
+def test_what_is_prepared_for_prompts_stays_small_however_many_lengths_they_have(new_engine: NewEngine) -> None:
+    runner = new_engine().runner
+    for num_rows in range(1, 2 * MOST_LAYOUTS):
+        runner._write_prompt(Shape(1, num_rows, 1, 0, 16), NO_PROMPT)
+        assert len(runner._prompt_parts) <= MOST_LAYOUTS
 
 
 # ---- weights in 8 bits ----

@@ -74,12 +74,13 @@ def test_attention_is_that_of_the_plain_twin(name: str, splits: int, is_long: bo
     torch.testing.assert_close(run(forward, splits=splits, block=8, is_long=is_long), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("is_long", [False, True])
 @pytest.mark.parametrize("num_groups", [1, 3, 4])
 @pytest.mark.parametrize(("page_size", "columns"), [(16, 16), (16, 32), (64, 16), (32, 32)])
-def test_pages_and_groups_of_any_size(page_size: int, columns: int, num_groups: int) -> None:
+def test_pages_and_groups_of_any_size(page_size: int, columns: int, num_groups: int, is_long: bool) -> None:
     forward = forward_of([Seat(100, 2, CHAIN + PLAN), Seat(31, 0, CHAIN)], page_size=page_size, num_groups=num_groups, num_kv_heads=1)
     expected = attention_ops.attend(*forward.arguments)
-    torch.testing.assert_close(run(forward, splits=2, block=4, columns=columns), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(run(forward, splits=2, block=4, columns=columns, is_long=is_long), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
@@ -147,6 +148,18 @@ def test_long_contexts_are_shared_by_more_programs_but_never_more_than_the_works
                 assert long == 1 or num_tiles * num_kv_heads * long <= 264
                 num_more += long > short
     assert num_more
+
+
+@pytest.mark.parametrize(("limit", "waiting", "most_rows"), [(99 * 1024, 1, 128), (227 * 1024, 0, 256)])
+def test_queries_and_the_columns_in_flight_fit_into_shared_memory(limit: int, waiting: int, most_rows: int) -> None:
+    """Of the smallest cards, where the stage that is multiplied lies in registers, and of Hopper, where all of them lie there."""
+    for tile_rows in (16, 32, 64, 128, 256):
+        for head_dim in (64, 128):
+            for num_tiles in (1, 4, 12, 40):
+                for is_long in (False, True):
+                    config = choose_config(num_tiles, 8, tile_rows, head_dim, torch.bfloat16, 264, is_long)
+                    numbers = tile_rows + 2 * config.columns * (config.num_stages - waiting)
+                    assert tile_rows > most_rows or 2 * head_dim * numbers <= limit, f"{config} with {tile_rows} x {head_dim}"
 
 
 def test_the_parts_of_a_long_context_may_fill_the_workspace() -> None:
@@ -267,6 +280,23 @@ def test_real_heads_in_the_configuration_chosen_for_them(num_kv_heads: int, num_
     forward = forward_of(seats, **shape).to("cuda")
     tiles = plain_tiles(forward.spans, block, 512 // block + 8)
     workspace = Workspace.for_device(block, num_groups, head_dim, torch.device("cuda"))
+    found = attend(*forward.arguments, tiles, workspace)
+    torch.testing.assert_close(found.double(), dense(forward), rtol=2e-2, atol=2e-2)
+    assert torch.equal(found, attend(*forward.arguments, tiles, workspace))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("is_long", [False, True])
+@pytest.mark.parametrize(("num_kv_heads", "num_groups", "head_dim"), [(8, 4, 128), (3, 5, 128), (3, 3, 64)])
+@pytest.mark.parametrize("block", [4, 16, 32])
+def test_real_heads_shared_by_several_programs(num_kv_heads: int, num_groups: int, head_dim: int, block: int, is_long: bool) -> None:
+    shape = {"num_kv_heads": num_kv_heads, "num_groups": num_groups, "head_dim": head_dim, "page_size": 128, "dtype": torch.bfloat16}
+    forward = forward_of([Seat(8191, 0, CHAIN + PLAN), Seat(700, 0, LONE)], **shape).to("cuda")
+    tiles = plain_tiles(forward.spans, block, 3, is_long)
+    workspace = Workspace.for_device(block, num_groups, head_dim, torch.device("cuda"))
+    tile_rows = padded_rows(block, num_groups)
+    assert choose_config(3, num_kv_heads, tile_rows, head_dim, torch.bfloat16, workspace.num_parts, is_long).splits > 1
     found = attend(*forward.arguments, tiles, workspace)
     torch.testing.assert_close(found.double(), dense(forward), rtol=2e-2, atol=2e-2)
     assert torch.equal(found, attend(*forward.arguments, tiles, workspace))

@@ -79,6 +79,7 @@ class QueuedTable(SeatTable):
         self._place = torch.arange(num_columns, device=self.device)
 
     def write(self, seat: int, values: dict[str, int | list[int]]) -> None:
+        assert len(values) <= len(self.columns), f"{list(values)} are more groups than {list(self.columns)}"
         line: list[int] = []
         for (name, value), (expected, width) in zip(values.items(), self.columns.items(), strict=False):
             assert name == expected, f"{list(values)} are not the leading groups of {list(self.columns)}"

@@ -32,6 +32,8 @@ OUT_OF_MEMORY = "out of memory in a forward; lower max_num_seqs, max_prompt_rows
 NUM_FIELDS = 10
 """Numbers of a prompt row: the eight fields of `Rows` in their order, then which row is stored in which row of the page pool."""
 SEAT, SEGMENT, RANK, PARENT = 2, 3, 4, 5
+MOST_LAYOUTS = 256
+"""Layouts of prompt rows that are kept prepared: more than a GPU has shapes for, while a CPU has one for every number of rows."""
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 
@@ -269,6 +271,8 @@ class Runner:
         count, total = len(prompt.token_ids), shape.num_prompt_rows
         layout = total, shape.num_seats, shape.num_prompt_tiles
         if layout not in self._prompt_parts:
+            if len(self._prompt_parts) >= MOST_LAYOUTS:
+                self._prompt_parts.clear()
             self._prompt_parts[layout] = _blank_prompt(shape), *_parts(self._prompt_host, shape)
         blank, fields, bounds, tiles = self._prompt_parts[layout]
         self._prompt_host[: len(blank)] = blank

@@ -27,7 +27,7 @@ class Shape(NamedTuple):
     block: int
     """Rows of a query tile."""
     is_long: bool = False
-    """Some context is longer than LONG_CONTEXT, more than one row of a request reads it, and heads are wide: two programs share it."""
+    """Some context is longer than LONG_CONTEXT, more than one row of a request reads it, and heads are wide: attention is cut for that."""
 
     @property
     def num_prompt_tiles(self) -> int:

@@ -8,7 +8,7 @@ import torch
 # Q = block * G: query rows of a tile, padded; D = head dimension
 
 INVARIANT_SPLITS = 4  # enough for some thousand cached tokens; the workspace of a large batch grows with it
-MAX_SPLITS = 32  # more parts than this cost the merging program more than their readers save
+MAX_SPLITS = 32  # more parts than this cost the merging programs more than their readers save
 NARROW_HEAD = 64
 """Heads of at most so many numbers are cut as an H100's sweep said (results/attention-*-h100.json), wider ones as an H200's."""
 PROGRAMS = 2
@@ -72,8 +72,8 @@ def _chosen(splits: int, tile_rows: int, head_dim: int, dtype: torch.dtype, is_l
     num_warps = 4 if tile_rows <= 64 else 8
     new_columns = 16 if tile_rows <= 16 else 32 if splits > 1 else 64  # tiles that small are those of seats with a row or few
     columns, num_stages = 128, 2 if tile_rows <= 64 else 3
-    if head_dim > NARROW_HEAD and tile_rows >= 64 and (is_long or splits == 1):
-        columns, num_stages = 64, 3  # leaves room for a second program where there is one
+    if head_dim > NARROW_HEAD and (tile_rows > 64 or (tile_rows == 64 and (is_long or splits == 1))):
+        columns, num_stages = 64, 3  # leaves room for a second program where there is one; larger tiles would fill a small card alone
     return Config(splits, columns, new_columns, num_warps, num_stages, is_long=is_long)
 
 

@@ -1,4 +1,4 @@
-"""The kernel behind `refusion.model.kernels.attention`.
+"""The kernels behind `refusion.model.kernels.attention`.
 
 No mask is materialised: who sees whom follows from the per-row arrays (`refusion.model.rows.may_see`). What stands between the launch and
 the first product is a chain of dependent look-ups, tile -> seat -> page -> keys, and for short contexts that chain is nearly all the

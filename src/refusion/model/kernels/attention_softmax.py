@@ -14,7 +14,7 @@ MAX_SPLITS = tl.constexpr(_MAX_SPLITS)
 
 
 class Parts(NamedTuple):
-    """Pointers to what the programs of a split tile leave for each other."""
+    """Pointers to what the programs of a split tile leave for those that merge."""
 
     mixed: tl.tensor  # [parts, Q, D]
     best: tl.tensor  # [parts, Q]
@@ -49,7 +49,7 @@ def put_part(parts, part, is_row, best, total, mixed, Q: tl.constexpr, D: tl.con
 
 @triton.jit
 def merge(parts, first_part, num_parts, lane, is_row, Q: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr):
-    """Totals and mixed values of all parts of a tile and head, the parts in their order, for some of its query rows or all: `lane` [L].
+    """Totals and mixed values of all parts of a tile and head, the parts in their order, for some of its query rows: `lane` [L].
 
     The weights of the parts come first, from all maxima at once; no load waits for the sum of an earlier one then. Past L1, which may
     hold what other programs have overwritten.
