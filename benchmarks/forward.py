@@ -35,12 +35,11 @@ from refusion.engine.build import flat_network
 from refusion.engine.network import FlatNetwork, KeyValues
 from refusion.engine.ops import TritonOps
 from refusion.engine.settings import EngineSettings
-from refusion.engine.shapes import LONE_TILE_ROWS, LONG_CONTEXT, tile_rows
+from refusion.engine.shapes import LONE_TILE_ROWS, LONG_CONTEXT, tile_rows, wide_groups
 from refusion.evaluation.results import Figure, Result, Run, to_plain, write_result
 from refusion.evaluation.statistics import Interval
 from refusion.model.cache import KVCache
 from refusion.model.config import ModelConfig
-from refusion.model.kernels.attention_config import NARROW_HEAD
 from refusion.model.quantize import Kind
 from refusion.model.rows import Rows, Spans, plain_tiles
 from refusion.model.segments import NO_PARENT, Segments
@@ -274,7 +273,7 @@ def static_forward(bench: Bench, width: int) -> Forward:
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     pages = torch.arange(-(-bench.cached // PAGE_SIZE), dtype=torch.int32, device=device)[None]
     spans = Spans(zero + bench.cached, zero, zero, zero, zero + width, pages, PAGE_SIZE)
-    chosen_rows = tile_rows(width, bench.cached, is_wide=bench.config.head_dim > NARROW_HEAD)
+    chosen_rows = tile_rows(width, bench.cached, wide_groups=wide_groups(bench.config))
     block = (bench.tile_rows or chosen_rows) if width > 1 else LONE_TILE_ROWS
     tiles = plain_tiles(spans, block, -(-width // block), width > 1 and bench.cached > LONG_CONTEXT)
     pool, new = bench.random_cache(pages.numel() * PAGE_SIZE), KeyValues.empty(bench.config, width, device, bench.model.dtype)

@@ -75,9 +75,9 @@ def chosen(model: str, rows: int, args: argparse.Namespace, log: list[dict[str, 
                 taken = milliseconds(bench, rows)
             except Exception as error:  # out of resources and the like: this candidate is lost
                 print(f"  skipped {product.name} {config}: {type(error).__name__}: {error}"[:200], file=sys.stderr)
-                taken = float("inf")
+                taken = None
             log.append({"forward": f"{model}:{rows}", "product": product.name, "config": plain(config), "milliseconds": taken})
-            if taken < (1 - LEAST_GAIN) * now:
+            if taken is not None and taken < (1 - LEAST_GAIN) * now:
                 best[product], now = config, taken
         use(product, rows, best[product])
         print(f"  {product.name:13} {now:.4f} ms  {best[product]}", flush=True)
@@ -99,7 +99,7 @@ def candidates(product: Product, rows: int) -> list[Config | None]:
 
 def use(product: Product, rows: int, config: Config | None) -> None:
     """What `choose_config` answers from now on for this product and so many rows."""
-    entries = configs._tuned(card()).setdefault((product.kind, product.num_out, product.num_in, "bfloat16"), [])
+    entries = configs.tuned(card()).setdefault((product.kind, product.num_out, product.num_in, "bfloat16"), [])
     entries[:] = sorted([entry for entry in entries if entry[0] != rows] + [(rows, config)], key=lambda entry: entry[0])
 
 

@@ -54,6 +54,7 @@ DECODERS = ("refusion", "autoregressive", "auto", "masked_diffusion", "block_dif
 DIFFUSION: dict[str, type[DiffusionParams]] = {"masked_diffusion": MaskedDiffusionParams, "block_diffusion": BlockDiffusionParams}
 """Decoders with settings of their own, and the class of these."""
 AS_RECOMMENDED = SlotParams()
+"""Everything left to the checkpoint."""
 MOST_RESOLVED = 256
 """Slot settings that are kept resolved."""
 Prompt = str | list[int] | list[dict[str, str]]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,18 @@ from refusion.engine.ops import LARGEST_TILE, PlainOps
 from refusion.engine.requests import Answer, lane_key
 from refusion.engine.runner import MOST_LAYOUTS, NO_PROMPT, PromptRows
 from refusion.engine.scheduler import MOST_PASSED
-from refusion.engine.shapes import LONG_CONTEXT, PROMPT_ROWS, ROWS, SEATS, Shape, power_of_two, row_bucket, tile_rows
+from refusion.engine.shapes import (
+    LONG_CONTEXT,
+    PROMPT_ROWS,
+    ROWS,
+    SEATS,
+    WIDE_QUERY_ROWS,
+    Shape,
+    power_of_two,
+    row_bucket,
+    tile_rows,
+    wide_groups,
+)
 from refusion.engine.warm_up import Expected, wanted_shapes
 from refusion.errors import RequestError
 from refusion.model.quantize import QuantizedWeight, quantize
@@ -408,3 +420,17 @@ def test_tiles_are_small_where_rows_are_few_and_large_where_the_context_is_long(
     assert all(wide >= narrow for narrow, wide in zip(short, long, strict=True))
     assert max(long) == LARGEST_TILE  # what the workspace of the attention kernel has room for
     assert tile_rows(64, LONG_CONTEXT) == tile_rows(64)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 5, 8, 16])
+def test_tiles_of_wide_heads_have_as_many_query_rows_however_many_heads_share_keys(num_groups: int) -> None:
+    for num_rows in (17, 48, 64, 512):
+        tile = tile_rows(num_rows, wide_groups=num_groups)
+        assert tile * power_of_two(num_groups) <= WIDE_QUERY_ROWS
+        assert tile == 16 or tile * power_of_two(num_groups) == WIDE_QUERY_ROWS
+    assert tile_rows(16, wide_groups=num_groups) == tile_rows(16)
+
+
+def test_narrow_heads_have_no_wide_groups(model: Transformer) -> None:
+    config = replace(model.config, num_attention_heads=10, num_key_value_heads=2)
+    assert [wide_groups(replace(config, head_dim=head_dim)) for head_dim in (16, 64, 128)] == [0, 0, 5]

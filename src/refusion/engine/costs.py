@@ -21,8 +21,7 @@ from refusion import __version__, hub
 from refusion import model as model_package
 from refusion.atomic import atomic_file
 from refusion.engine.network import FlatNetwork, KeyValues
-from refusion.engine.shapes import LONE_TILE_ROWS, tile_rows
-from refusion.model.kernels.attention_config import NARROW_HEAD
+from refusion.engine.shapes import LONE_TILE_ROWS, tile_rows, wide_groups
 from refusion.model.rows import Rows, Spans, Tiles
 
 _log = logging.getLogger(__name__)
@@ -128,7 +127,7 @@ def _forward_of(network: FlatNetwork, width: int) -> Callable[[], None]:
     one = torch.ones(1, dtype=torch.int32, device=device)
     table = torch.arange(NUM_CACHED // 16, dtype=torch.int32, device=device)[None]
     spans = Spans(one * NUM_CACHED, one * 0, one * 0, one * 0, one * width, table, 16)
-    block = tile_rows(width, NUM_CACHED, is_wide=network.config.head_dim > NARROW_HEAD) if width > 1 else LONE_TILE_ROWS
+    block = tile_rows(width, NUM_CACHED, wide_groups=wide_groups(network.config)) if width > 1 else LONE_TILE_ROWS
     first = torch.arange(0, width, block, dtype=torch.int32, device=device)
     tiles = Tiles(torch.zeros_like(first), first, (first + block).clamp(max=width), block)
     pool = KeyValues.empty(network.config, NUM_CACHED, device, network.dtype)

@@ -21,9 +21,8 @@ from refusion.decoding.refusion_rounds import RefusionRounds
 from refusion.decoding.sliding_rounds import SlidingRounds
 from refusion.engine.lanes import Captured, Lane, LaneKey, new_lane
 from refusion.engine.network import FlatNetwork, KeyValues
-from refusion.engine.shapes import LONE_TILE_ROWS, LONG_CONTEXT, PROMPT_ROWS, TILE_ROWS, Shape, at_least, row_bucket, tile_rows
+from refusion.engine.shapes import LONE_TILE_ROWS, LONG_CONTEXT, PROMPT_ROWS, TILE_ROWS, Shape, at_least, row_bucket, tile_rows, wide_groups
 from refusion.errors import RequestError
-from refusion.model.kernels.attention_config import NARROW_HEAD
 from refusion.model.rows import PADDING, PROMPT, Rows, Spans
 
 # B = seats, P = prompt rows, T = decode rows, R = report columns, N = tiles
@@ -101,7 +100,7 @@ class Runner:
         self.mask_id, self.banned_ids, self.use_kernels = mask_id, banned_ids, use_kernels
         self.device, self.is_cuda = network.device, network.device.type == "cuda"
         config = network.config
-        self.has_wide_heads = config.head_dim > NARROW_HEAD
+        self.wide_groups = wide_groups(config)
         try:
             self.pool = KeyValues.empty(config, num_pages * page_size, self.device, network.dtype)
             self.scratch = KeyValues.empty(config, max_rows, self.device, network.dtype)
@@ -261,10 +260,10 @@ class Runner:
         if self.has_fixed_tiles:
             return Shape(num_seats, num_prompt_rows, rows, candidates, TILE_ROWS)
         tile = self._tile_rows(num_prompt_rows + rows, num_cached)
-        return Shape(num_seats, num_prompt_rows, rows, candidates, tile, self.has_wide_heads and num_cached > LONG_CONTEXT)
+        return Shape(num_seats, num_prompt_rows, rows, candidates, tile, self.wide_groups > 0 and num_cached > LONG_CONTEXT)
 
     def _tile_rows(self, num_rows: int, num_cached: int) -> int:
-        return tile_rows(num_rows, num_cached, is_wide=self.has_wide_heads)
+        return tile_rows(num_rows, num_cached, wide_groups=self.wide_groups)
 
     def _write_prompt(self, shape: Shape, prompt: PromptRows) -> None:
         """Leave the numbers of all prompt rows, the spans of the seats and the query tiles where the forward fetches them."""

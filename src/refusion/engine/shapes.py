@@ -3,8 +3,13 @@
 from bisect import bisect_left
 from typing import NamedTuple
 
+from refusion.model.config import ModelConfig
+from refusion.model.kernels.attention_config import NARROW_HEAD
+
 TILE_ROWS = 16
 """Rows of a query tile, where one number must do for all shapes."""
+WIDE_QUERY_ROWS = 64
+"""Query rows of a tile of wide heads, of a short context: more fill the registers of their program."""
 LONE_TILE_ROWS = 4
 """The same where every request has one row: the matrix units want no more."""
 LONG_CONTEXT = 2048
@@ -45,17 +50,24 @@ def at_least(sizes: tuple[int, ...], size: int) -> int:
     return sizes[place] if place < len(sizes) else size
 
 
-def tile_rows(num_rows: int, num_cached: int = 0, *, is_wide: bool = False) -> int:
+def tile_rows(num_rows: int, num_cached: int = 0, *, wide_groups: int = 0) -> int:
     """Rows of a query tile in a forward of so many, the longest context being `num_cached`: what an H200 was fastest with.
 
     Small tiles make more programs, large ones read the context less often, which costs more where heads are wide
-    (`results/attention-in-place-*-h200.json`).
+    (`results/attention-in-place-*-h200.json`). wide_groups: see `wide_groups`; with more than four a tile of as many query rows has fewer.
     """
     if num_cached > LONG_CONTEXT:
         return 16 if num_rows <= 192 else 32
     if num_rows <= 16:
         return 4
-    return 8 if num_rows <= 48 and not is_wide else 16
+    if wide_groups:
+        return min(16, max(4, WIDE_QUERY_ROWS // power_of_two(wide_groups)))
+    return 8 if num_rows <= 48 else 16
+
+
+def wide_groups(config: ModelConfig) -> int:
+    """Query heads for each key/value head, where heads are wide; 0 where they are not."""
+    return config.num_attention_heads // config.num_key_value_heads if config.head_dim > NARROW_HEAD else 0
 
 
 def power_of_two(size: int) -> int:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from refusion.model.kernels.attention_config import PROGRAMS, Config, choose_config, next_power_of_2, padded_rows
+from refusion.model.kernels.attention_config import MOST_PROGRAMS, Config, choose_config, next_power_of_2, padded_rows
 from refusion.model.kernels.attention_kernel import attend_kernel, merge_kernel
 from refusion.model.kernels.launch import launch
 from refusion.model.rows import Rows, Spans, Tiles
@@ -44,7 +44,7 @@ class Workspace:
     def for_device(cls, block: int, num_groups: int, head_dim: int, device: torch.device) -> "Workspace":
         """For tiles of at most `block` rows, as many parts as there are programs at most."""
         num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-        return cls(PROGRAMS * num_processors, padded_rows(block, num_groups), head_dim, device)
+        return cls(MOST_PROGRAMS * num_processors, padded_rows(block, num_groups), head_dim, device)
 
 
 def attend(

@@ -10,8 +10,8 @@ import torch
 INVARIANT_SPLITS = 4  # enough for some thousand cached tokens; the workspace of a large batch grows with it
 MAX_SPLITS = 32  # more parts than this cost the merging programs more than their readers save
 NARROW_HEAD = 64
-"""Heads of at most so many numbers are cut as an H100's sweep said (results/attention-*-h100.json), wider ones as an H200's."""
-PROGRAMS = 2
+"""Heads of at most so many numbers leave room for two programs a multiprocessor, whatever their blocks; wider ones do not."""
+MOST_PROGRAMS = 2
 """Programs a multiprocessor, at most, and parts that a workspace has for it."""
 MANY_SPLITS = 6
 """From here on one program a multiprocessor is enough; with fewer each has many blocks, and two hide each other's waiting."""
@@ -57,11 +57,11 @@ def choose_config(
     is_long: the contexts are so long that reading them takes most of the time.
     """
     changes = dict(_changes)
-    splits = choose_splits(num_tiles, num_kv_heads, num_parts // PROGRAMS)
+    splits = choose_splits(num_tiles, num_kv_heads, num_parts // MOST_PROGRAMS)
     is_crowdable = head_dim <= NARROW_HEAD or is_long
-    num_programs = int(changes.pop("num_programs", PROGRAMS if splits < MANY_SPLITS and is_crowdable else 1))
+    num_programs = int(changes.pop("num_programs", MOST_PROGRAMS if splits < MANY_SPLITS and is_crowdable else 1))
     if num_programs > 1:
-        splits = choose_splits(num_tiles, num_kv_heads, num_parts * num_programs // PROGRAMS)
+        splits = choose_splits(num_tiles, num_kv_heads, num_parts * num_programs // MOST_PROGRAMS)
     config = _chosen(splits, tile_rows, head_dim, dtype, is_long)
     return replace(config, **changes) if changes else config
 

@@ -94,7 +94,7 @@ class Config:
 
 def choose_config(num_out: int, num_in: int, num_rows: int, kind: Kind, dtype: str) -> Config | None:
     """Tiles for `num_rows` rows of x times a weight [num_out, num_in] stored as `dtype`; None: the library's product is faster."""
-    for most_rows, config in _tuned(card()).get((kind, num_out, num_in, dtype), ()):
+    for most_rows, config in tuned(card()).get((kind, num_out, num_in, dtype), ()):
         if num_rows <= most_rows:
             if config is None or config.shared_bytes(WIDTHS[dtype]) <= shared_limit():
                 return config
@@ -192,7 +192,7 @@ def shared_limit() -> int:
 
 
 @functools.cache
-def _tuned(known: str | None) -> dict[tuple[str, int, int, str], list[tuple[int, Config | None]]]:
+def tuned(known: str | None) -> dict[tuple[str, int, int, str], list[tuple[int, Config | None]]]:
     """Measured choices by product, in order of rows; an entry serves every number of rows down to the next smaller one."""
     table: dict[tuple[str, int, int, str], list[tuple[int, Config | None]]] = {}
     for name, entry in tuned_entries(known).items():
