@@ -5,8 +5,8 @@ turn to `splits` programs, so that one long context fills the GPU and a prompt o
 merges the parts. The kernels themselves are in `attention_kernel`, their cuts are chosen in `attention_config`.
 
 Batch invariance: with a given `Config` and a given tile size the result of a row depends on the rows of its own seat alone, bit for bit;
-the parts are merged in the order of their programs. `choose_config` looks at shapes only, so the promise holds
-from forward to forward of the same bucket.
+the parts are merged in the order of their programs. `choose_config` looks at shapes only, so the promise holds from forward to forward of
+the same bucket.
 """
 
 import math
