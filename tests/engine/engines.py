@@ -122,10 +122,10 @@ def run(engine: Engine, most_steps: int = 2000) -> None:
 def check(engine: Engine) -> None:
     """Who holds which page, and who sits where: nothing is lost, nothing is shared but whole pages of equal prompts."""
     scheduler = engine.scheduler
-    pool, page_size = scheduler.pool, engine.runner.page_size
+    pool, page_size = scheduler.paging.pool, engine.runner.page_size
     seated = [request for seats in scheduler.lanes.values() for request in seats.requests]
     holders = Counter(page for request in seated for page in request.pages)
-    holders.update(page for _, page in scheduler.prefix._nodes.values())
+    holders.update(page for _, page in scheduler.paging.prefix._nodes.values())
     assert [pool.num_references(page) for page in range(pool.num_pages)] == [holders[page] for page in range(pool.num_pages)]
     assert pool.num_free == sum(holders[page] == 0 for page in range(pool.num_pages))
     content: dict[int, bytes] = {}
@@ -154,5 +154,5 @@ def is_idle(engine: Engine) -> bool:
     scheduler = engine.scheduler
     run(engine)
     engine.step()  # those who left free their pages
-    kept = len(scheduler.prefix)
-    return scheduler.num_open == 0 and scheduler.pool.num_free == scheduler.pool.num_pages - kept
+    kept = len(scheduler.paging.prefix)
+    return scheduler.num_open == 0 and scheduler.paging.pool.num_free == scheduler.paging.pool.num_pages - kept

@@ -81,7 +81,7 @@ def test_tokens_and_forwards_are_those_of_the_plain_loops(
 def test_the_youngest_makes_room_and_goes_on_where_it_stopped(
     new_engine: NewEngine, plain: Plain, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refusion.engine.scheduler.PAGES_AHEAD", 0)
+    monkeypatch.setattr("refusion.engine.paging.PAGES_AHEAD", 0)
     engine = new_engine(cache_tokens=36, max_num_seqs=3)
     answers: list[Answer] = []
     # The first one grows by a page now and then; whoever came last has to give way.

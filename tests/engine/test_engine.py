@@ -139,14 +139,14 @@ def test_a_known_beginning_is_not_computed_again(new_engine: NewEngine, plain: P
     engine = new_engine()
     prompts = [list(range(10, 22)), [*range(10, 20), 30, 31], list(range(10, 22)), [*range(10, 18)]]  # 3 pages of 4
     for index, (prompt, shared) in enumerate(zip(prompts, (0, 8, 8, 4), strict=True)):
-        before = engine.scheduler.num_shared_tokens
+        before = engine.scheduler.paging.num_shared_tokens
         (answer,) = answer_all(engine, [prompt], decoder=kind)
         # The last row of a prompt says how the answer begins, so its page is never taken over.
-        assert engine.scheduler.num_shared_tokens - before == shared, index
+        assert engine.scheduler.paging.num_shared_tokens - before == shared, index
         assert answer.token_ids == plain(new_request(prompt, [], decoder=kind))[0]
     off = new_engine(prefix_caching=False)
     answer_all(off, prompts, decoder=kind)
-    assert off.scheduler.num_shared_tokens == 0
+    assert off.scheduler.paging.num_shared_tokens == 0
     assert is_idle(off)
 
 

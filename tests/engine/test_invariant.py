@@ -91,7 +91,7 @@ def test_what_goes_by_the_load_is_refused(new_engine: NewEngine) -> None:
         new_engine(**SETTINGS).check(new_request([7], [], decoder="auto"))
     with pytest.raises(ConfigError, match="prefix_caching changes roundings"):
         new_engine(**SETTINGS, prefix_caching=True)
-    assert not new_engine(**SETTINGS).scheduler.prefix.is_on
+    assert not new_engine(**SETTINGS).scheduler.paging.prefix.is_on
 
 
 @pytest.mark.parametrize("slots", [LONG, SlotSettings(slot_size=4), SlotSettings(slot_size=8, block_size=16, alternatives=1)], ids=str)

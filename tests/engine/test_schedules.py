@@ -101,7 +101,7 @@ class Schedules(RuleBasedStateMachine):
             assert answer.token_ids == token_ids, f"request {index}"
             assert answer.num_forwards >= num_forwards
         seen["preempted"] += self.engine.scheduler.num_preempted
-        seen["shared"] += self.engine.scheduler.num_shared_tokens
+        seen["shared"] += self.engine.scheduler.paging.num_shared_tokens
         seen["answered"] += len(answered)
 
 

@@ -17,10 +17,9 @@ import numpy as np
 from refusion.engine.auto import ChooseDecoder
 from refusion.engine.candidates import Candidates
 from refusion.engine.lanes import LaneKey
-from refusion.engine.pages import PagePool
+from refusion.engine.paging import Paging
 from refusion.engine.prefill import Piece, pieces_of, prompt_rows
-from refusion.engine.prefix import PrefixCache
-from refusion.engine.requests import NewRequest, Request, State, cache_room, diffusion_rows, first_room, lane_key
+from refusion.engine.requests import NewRequest, Request, State, cache_room, diffusion_rows, lane_key
 from refusion.engine.runner import PromptRows, Runner
 from refusion.engine.seats import Seats
 from refusion.engine.shapes import seat_bucket
@@ -32,8 +31,6 @@ from refusion.errors import RequestError
 
 MOST_LANES = 8
 """Lanes kept ready though nobody is in them."""
-PAGES_AHEAD = 4
-"""So many more than it needs next a request gets, as long as half of the pages stay free."""
 IDLE_SHARE = 1 / 32
 """While fewer, as a share of those who decode, have left or wait beside an empty seat, no forward is held up for them."""
 MOST_PASSED = 4
@@ -81,14 +78,12 @@ class Scheduler:
         self.runner, self.limits, self.batch_invariant = runner, limits, batch_invariant
         self.choose_decoder, self.candidates = choose_decoder, candidates
         self._full_limits = limits
-        self.pool = PagePool(runner.num_pages)
-        self.prefix = PrefixCache(self.pool, runner.page_size, is_on=prefix_caching)
+        self.paging = Paging(runner.num_pages, runner.page_size, shares_prefixes=prefix_caching)
         self.lanes: OrderedDict[LaneKey, Seats] = OrderedDict()  # the one served longest ago comes first
         self.undecided: OrderedDict[int, Request] = OrderedDict()  # decoder "auto", not yet in a lane, by arrival
         self.idle_share = IDLE_SHARE
         self._open: dict[Request, None] = {}  # all that are not over, wherever they are
         self.num_preempted = 0  # so far
-        self.num_shared_tokens = 0  # prompt tokens so far that were found in the cache
         self._blocked: Request | None = None  # the oldest that waits for pages: nobody younger gets a seat before it
         self._leaving: list[Request] = []  # to be taken from their seats before the next forward that is scheduled
         self._num_passed = 0  # forwards since then that empty seats were no reason to hold up
@@ -104,10 +99,10 @@ class Scheduler:
             raise RequestError("decoder 'auto' goes by the load, which batch_invariant forbids; name the decoder")
         for decoder in ("refusion", "autoregressive") if new.decoder == "auto" else (new.decoder,):
             key = lane_key(new, decoder)
-            if cache_room(new, key) > self.pool.num_pages * self.runner.page_size:
+            if cache_room(new, key) > self.paging.num_tokens:
                 raise RequestError(
                     f"prompt {new.index} has {len(new.prompt_ids)} tokens and max_tokens is {new.sampling.max_tokens}, together more than "
-                    f"the KV cache of {self.pool.num_pages * self.runner.page_size} tokens holds; lower max_tokens or raise cache_tokens"
+                    f"the KV cache of {self.paging.num_tokens} tokens holds; lower max_tokens or raise cache_tokens"
                 )
             if key.diffusion is not None:
                 self._check_rows(new, key)
@@ -156,14 +151,14 @@ class Scheduler:
                 forward = self._forward(seats)
                 if forward is not None:
                     return forward
-        raise AssertionError(f"{self.num_open} requests are open and none can run; {self.pool.num_free} pages are free")
+        raise AssertionError(f"{self.num_open} requests are open and none can run; {self.paging.pool.num_free} pages are free")
 
     def launched(self, forward: Forward) -> None:
         """The forward is under way: its prompt rows will be in the cache."""
         forward.seats.launched()
         for piece in forward.pieces:
             forward.seats.prefilled(piece.request, piece.end - piece.first)
-            self._remember_pages(piece.request)
+            self.paging.remember(piece.request)
         self.lanes.move_to_end(forward.seats.key)
 
     def goes_on(self, forward: Forward) -> bool:
@@ -200,7 +195,7 @@ class Scheduler:
             return None
         for request in self._leaving:
             if request not in seats.left:
-                self.pool.release(seats.give_up(request))
+                self.paging.pool.release(seats.give_up(request))
         self._admit(seats, is_under_way=True)
         self._leaving = [request for request in self._leaving if request.is_seated]
         if not seats.prefilling():
@@ -253,8 +248,7 @@ class Scheduler:
             request.state, request.seat, request.pages = State.FINISHED, -1, []
         for seats in self.lanes.values():
             seats.clear()
-        self.pool = PagePool(self.runner.num_pages)
-        self.prefix = PrefixCache(self.pool, self.runner.page_size, is_on=self.prefix.is_on)
+        self.paging.reset()
         self.undecided.clear()
         self._leaving.clear()
         self._open.clear()
@@ -331,32 +325,16 @@ class Scheduler:
         for request in self._leaving:
             if request.is_seated:
                 assert request.key is not None, "who sits is in a lane"
-                self.pool.release(self.lanes[request.key].leave(request))
+                self.paging.pool.release(self.lanes[request.key].leave(request))
         self._leaving.clear()
 
     def _grow(self, seats: Seats) -> None:
         """Pages for all that the next forward may commit; the youngest requests make room if they must."""
         for request in seats.short_of_pages():
-            while request.is_seated and not self._extend(seats, request):
+            while request.is_seated and not self.paging.extend(seats, request):
                 victim = _youngest_first(each for lane in self.lanes.values() for each in lane.requests if each.pages)[0]
                 assert victim.key is not None, "who sits is in a lane"
                 self._put_aside(self.lanes[victim.key], victim)
-
-    def _extend(self, seats: Seats, request: Request) -> bool:
-        page_size = self.runner.page_size
-        missing = _pages_of(seats.wanted(request.seat), page_size) - len(request.pages)
-        if missing <= 0:
-            return True  # somebody who moved
-        if not self.prefix.make_room(missing):
-            return False
-        missing = self._with_some_ahead(missing, _pages_of(int(seats.most_cached[request.seat]), page_size) - len(request.pages))
-        seats.add_pages(request, self.pool.allocate(missing, after=request.pages[-1] if request.pages else -1), page_size)
-        return True
-
-    def _with_some_ahead(self, missing: int, most: int) -> int:
-        """Pages to allocate where so many are missing and `most` could ever be used."""
-        spare = self.pool.num_free - self.pool.num_pages // 2
-        return max(missing, min(missing + PAGES_AHEAD, most, spare))
 
     def _put_aside(self, seats: Seats, request: Request) -> None:
         """Preempt: a decoding request is saved, one that still waits for its prompt begins anew."""
@@ -367,7 +345,7 @@ class Scheduler:
         else:
             request.state = State.WAITING
             request.num_prefilled = 0
-        self.pool.release(seats.leave(request))
+        self.paging.pool.release(seats.leave(request))
         seats.wait(request)
 
     def _admit(self, seats: Seats, *, is_under_way: bool = False) -> None:
@@ -397,37 +375,14 @@ class Scheduler:
         return blocked is not None and blocked.arrival < request.arrival
 
     def _seat(self, seats: Seats, request: Request) -> bool:
-        """A seat with pages for all it had or its whole prompt, and for its next round; False if there are too few."""
-        page_size = self.runner.page_size
-        cached = 0 if request.saved is None else request.saved.num_cached
-        held = max(cached, first_room(request.new, seats.key))
-        wanted = min(held + seats.most_committed, cache_room(request.new, seats.key))
-        shared, chain = [], request.chain
-        if request.saved is None:
-            match = self.prefix.match(request.sharable_ids)
-            shared, chain = match.pages, match.chain
-        missing = _pages_of(wanted, page_size) - len(shared)
-        num_seated = sum(len(lane) for lane in self.lanes.values())
-        if not self.prefix.make_room(missing + num_seated):  # one page for each who is there already, or they are soon put aside
-            self.pool.release(shared)
+        """A seat and its pages; False if there are too few."""
+        num_seated = sum(len(lane) for lane in self.lanes.values())  # a page is left to each of them, or they are soon put aside
+        pages = self.paging.take(request, seats.key, seats.most_committed, num_seated)
+        if pages is None:
             self._blocked = request
             return False
-        if request.saved is None:
-            self.num_shared_tokens += len(shared) * page_size
-            request.num_prefilled, request.chain, request.num_known_pages = len(shared) * page_size, chain, len(shared)
-        missing = self._with_some_ahead(missing, _pages_of(cache_room(request.new, seats.key), page_size) - len(shared))
-        pages = shared + self.pool.allocate(missing, after=shared[-1] if shared else -1)
         seats.seat_next(self.runner, pages)
         return True
-
-    def _remember_pages(self, request: Request) -> None:
-        """Whole pages of its prompt are there for others."""
-        page_size = self.runner.page_size
-        for index in range(request.num_known_pages, request.num_prefilled // page_size):
-            tokens = request.prefill_ids[index * page_size : (index + 1) * page_size]
-            request.chain = self.prefix.add(request.chain, tokens, request.pages[index])
-            request.num_known_pages = index + 1
-        self.prefix.touch(request.chain)
 
     # ---- the forward ----
 
@@ -474,10 +429,6 @@ class Scheduler:
 def _block(key: LaneKey) -> int:
     """Tokens of a block."""
     return key.width * (1 if key.slots is None else key.slots.slot_size)
-
-
-def _pages_of(num_tokens: int, page_size: int) -> int:
-    return -(-num_tokens // page_size)
 
 
 def _unbegin_fresh(seats: Seats) -> None:
