@@ -10,7 +10,7 @@ import torch
 from refusion.decoding.params import SlotSettings
 from refusion.engine import costs
 from refusion.engine.candidates import Candidates
-from refusion.engine.costs import CostTable, measured_costs, typical_costs
+from refusion.engine.costs import CostTable, measure, measured_costs, typical_costs
 from refusion.engine.network import FlatNetwork
 
 TABLE = CostTable((1, 4), (0.5, 2.0))
@@ -76,3 +76,14 @@ def test_unrest_is_how_far_repeats_are_apart(network: FlatNetwork, monkeypatch: 
 
 def test_costs_are_linear_between_the_measured_widths_and_beyond() -> None:
     assert [float(TABLE.cost(rows)) for rows in (1, 2, 4, 6)] == [0.5, 1.0, 2.0, 3.0]
+
+
+def test_measuring_ends_in_time_and_what_it_had_no_time_for_is_uncertain(network: FlatNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    monkeypatch.setattr(costs, "_seconds", lambda forward, device, repeats: counts.append(repeats) or [0.001])
+    assert measure(network, (1, 2), repeats=3).unrest == 1.0
+    assert len(counts) == 2 * (costs.WARM_UP + 3)
+    monkeypatch.setattr(costs, "MOST_SECONDS", 0.0)
+    counts.clear()
+    assert measure(network, (1, 2), repeats=3).unrest > costs.CALM
+    assert len(counts) == 2 * (costs.WARM_UP + 1)

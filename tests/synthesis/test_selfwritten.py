@@ -74,6 +74,19 @@ def test_every_reason_is_counted_and_only_good_pairs_are_kept(tmp_path: Path) ->
     assert progress.num_pairs == 3
 
 
+def test_a_run_that_keeps_nothing_ends_and_says_why(tmp_path: Path) -> None:
+    sampler = ScriptedSampler({}, dict.fromkeys(range(1000), "never closed..."))
+    with pytest.raises(DataError, match=r"none of 256 drafts .* answer not closed; raise max_length \(512\)"):
+        writer(tmp_path, sampler, batch_size=64).write(3)
+    assert sum(sampler.calls[::2]) == 256
+
+
+def test_given_queries_may_all_be_dropped(tmp_path: Path) -> None:
+    sampler = ScriptedSampler({}, dict.fromkeys(range(1000), "never closed..."))
+    progress = writer(tmp_path, sampler, batch_size=64, queries=[f"question {i}" for i in range(300)]).write()
+    assert (progress.num_pairs, progress.main_reason) == (0, "answer not closed")
+
+
 def test_rows_depend_neither_on_batch_size_nor_on_interruptions(tmp_path: Path) -> None:
     def all_rows(output: Path) -> list[object]:
         return [row for part in sorted(output.glob("part-*.jsonl")) for _, row in read_rows(part)]

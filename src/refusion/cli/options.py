@@ -78,7 +78,7 @@ Decoder = Annotated[
     ),
 ]
 SlotSize = Annotated[
-    int | None, typer.Option(help="Tokens in a slot; this and the next eight are the model's own for the device where left out.")
+    int | None, typer.Option(help="Tokens in a slot; this and the next nine are the model's own for the device where left out.")
 ]
 BlockSize = Annotated[
     int | None, typer.Option(help="Tokens in a serial block, a multiple of the slot size; in a block of a diffusion decoder.")

@@ -67,8 +67,9 @@ def command(
 
     def report(progress: Progress) -> None:
         seconds = time.monotonic() - started
+        dropped = f" (most dropped: {progress.main_reason})" if progress.main_reason else ""
         typer.echo(
-            f"{progress.num_pairs} pairs of {progress.num_drafts} drafts, {progress.num_answer_tokens} answer tokens, "
+            f"{progress.num_pairs} pairs of {progress.num_drafts} drafts{dropped}, {progress.num_answer_tokens} answer tokens, "
             f"{seconds:.0f} s, {sampler.num_drawn / seconds:.0f} tokens/s",
             err=True,
         )

@@ -7,6 +7,7 @@ many pay, and which decoder does, depends on where the cost of a forward stops b
 import hashlib
 import json
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ WARM_UP = 2
 """Forwards of each width before it is timed."""
 CALM = 1.25
 """A median this far above the least says that others use the machine."""
+MOST_SECONDS = 20.0
+"""After so long no further turn is begun on a CPU; whatever takes so long is disturbed."""
 
 
 TYPICAL_WIDTHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -110,10 +113,14 @@ def measure(network: FlatNetwork, widths: Sequence[int], repeats: int = 5) -> Co
         seconds = [_seconds(_captured(_forward_of(network, width)), network.device, WARM_UP + repeats)[WARM_UP:] for width in widths]
     else:  # all widths in turn, so that a slow second of the machine hits none of them alone
         forwards = [_forward_of(network, width) for width in widths]
-        turns = [[_seconds(forward, network.device, 1)[0] for forward in forwards] for _ in range(WARM_UP + repeats)]
+        began, turns = time.perf_counter(), list[list[float]]()
+        while len(turns) < WARM_UP + repeats and (len(turns) <= WARM_UP or time.perf_counter() - began < MOST_SECONDS):
+            turns.append([_seconds(forward, network.device, 1)[0] for forward in forwards])
         seconds = [list(taken) for taken in zip(*turns[WARM_UP:], strict=True)]
     monotone = np.maximum.accumulate([min(taken) for taken in seconds])  # noise must not make a wider forward cheaper
     unrest = statistics.median(statistics.median(taken) / min(taken) for taken in seconds)
+    if len(seconds[0]) < repeats:
+        unrest = math.inf  # too few to tell
     return CostTable(tuple(widths), tuple(float(value) for value in monotone), unrest)
 
 

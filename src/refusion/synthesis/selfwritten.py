@@ -21,6 +21,8 @@ from refusion.tokenizer import Tokenizer
 
 MIN_ANSWER_TOKENS = 12
 MAX_REPETITION = 0.2
+HOPELESS_DRAFTS = 256
+"""If none of so many is kept, none will be: usually one of four is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +67,11 @@ class Progress:
     num_answer_tokens: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def main_reason(self) -> str:
+        """Why most drafts were dropped; empty if none was."""
+        return max(self.dropped, key=self.dropped.__getitem__, default="")
+
 
 class SelfWriter:
     """Writes pairs into `output`; calling `write` again in the same directory goes on where the last finished shard ended."""
@@ -86,7 +93,10 @@ class SelfWriter:
         self.filter = QueryFilter(held_out, (row["query"] for row in self.rows()))
 
     def write(self, num_pairs: int | None = None) -> Progress:
-        """Draft, filter and save until `num_pairs` are kept in all, or the given queries are used up."""
+        """Draft, filter and save until `num_pairs` are kept in all, or the given queries are used up.
+
+        Raises `DataError` where nothing the model writes itself is ever kept.
+        """
         if num_pairs is None and self.queries is None:
             raise ConfigError("num_pairs is needed when the model writes the queries itself")
         while num_pairs is None or self.progress.num_pairs < num_pairs:
@@ -98,7 +108,16 @@ class SelfWriter:
             self._write_part(drafts, missing)
             if self.on_batch is not None:
                 self.on_batch(self.progress)
+            self._check_hope()
         return self.progress
+
+    def _check_hope(self) -> None:
+        progress = self.progress
+        if self.queries is None and progress.num_pairs == 0 and progress.num_drafts >= HOPELESS_DRAFTS:
+            raise DataError(
+                f"none of {progress.num_drafts} drafts was kept, most for this reason: {progress.main_reason}; raise max_length "
+                f"({self.settings.max_length}) or max_query_tokens ({self.settings.max_query_tokens}), or lower the temperatures"
+            )
 
     def rows(self) -> Iterable[dict[str, str]]:
         """The pairs of all finished shards."""
