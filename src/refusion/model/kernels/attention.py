@@ -23,7 +23,7 @@ from refusion.model.rows import Rows, Spans, Tiles
 # T = rows of the forward, N = tiles, H = key/value heads, G = query heads per key/value head, D = head dimension
 
 MERGED_LANES = 8
-"""Query rows that a program of the merging kernel has: few, so that there are many programs."""
+"""Query rows that a program of the merging kernel has: few, so that there are many programs. They divide every tile, 16 rows at least."""
 MERGED_PARTS = 6
 """Parts that it takes at a time: what most contexts have. Loads that are masked cost their instructions."""
 
@@ -218,31 +218,38 @@ def _attend(
         num_stages=config.num_stages,
     )
     if config.splits > 1:
-        lanes = min(MERGED_LANES, tile_rows)
-        launch(
-            merge_kernel,
-            (num_tiles, num_kv_heads, tile_rows // lanes),
-            out,
-            workspace.mixed,
-            workspace.best,
-            workspace.total,
-            spans.cached,
-            spans.prompt_start,
-            spans.prompt_end,
-            spans.row_start,
-            spans.row_end,
-            tiles.seat,
-            tiles.first,
-            tiles.end,
-            config.splits,
-            query.stride(0),
-            G=num_groups,
-            G_PADDED=next_power_of_2(num_groups),
-            Q=tile_rows,
-            D=head_dim,
-            C=config.columns,
-            NEW=config.new_columns,
-            LANES=lanes,
-            PARTS=MERGED_PARTS,
-            num_warps=4,
-        )
+        _merge(out, num_kv_heads, num_groups, head_dim, spans, tiles, workspace, config)
+
+
+def _merge(
+    out: Tensor, num_kv_heads: int, num_groups: int, head_dim: int, spans: Spans, tiles: Tiles, workspace: Workspace, config: Config
+) -> None:
+    """The parts in the workspace to the rows of `out`."""
+    tile_rows = padded_rows(tiles.block, num_groups)
+    launch(
+        merge_kernel,
+        (tiles.seat.shape[0], num_kv_heads, tile_rows // MERGED_LANES),
+        out,
+        workspace.mixed,
+        workspace.best,
+        workspace.total,
+        spans.cached,
+        spans.prompt_start,
+        spans.prompt_end,
+        spans.row_start,
+        spans.row_end,
+        tiles.seat,
+        tiles.first,
+        tiles.end,
+        config.splits,
+        out.stride(0),
+        G=num_groups,
+        G_PADDED=next_power_of_2(num_groups),
+        Q=tile_rows,
+        D=head_dim,
+        C=config.columns,
+        NEW=config.new_columns,
+        LANES=MERGED_LANES,
+        PARTS=MERGED_PARTS,
+        num_warps=4,
+    )
